@@ -1,0 +1,223 @@
+"""Adapter: the module that hangs under a layer, owns its tensors, its coefficient, its hooks and every cast."""
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .config import AdapterConfig
+from .errors import LoraLiteError
+from .spec import ParamSpec
+from .targets import Base
+
+Stats = Any  # calibrate.Stats: stats[name][path], stats["weight"][path]
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What a variant promises at every parameter value; selects the checks of the conformance suite.
+
+    affine       for fixed parameters the adapted layer is an affine map of x; needed for merge and delta_weight
+    contraction  for coeff in [0, 1] outputs are never further apart than those of the base layer
+    isometry     at coeff 1 the adapter's own map is orthogonal (of x for input-side methods, of y - b otherwise)
+    rank         cfg -> largest rank of the weight change, None where there is no such bound
+    safe_coeff   range of coeff inside which the promises hold; `scale` warns outside
+    start        largest |y' - y| / max|y| right after attach; 0 means bit for bit
+    """
+
+    affine: bool = True
+    contraction: bool = False
+    isometry: bool = False
+    rank: Callable[[AdapterConfig], int] | None = None
+    safe_coeff: tuple[float, float] | None = None
+    start: float = 0.0
+
+
+@dataclass
+class Group:
+    """What the adapters of one attach share: name, config, and the requires_grad flags of the base before the first attach."""
+
+    name: str
+    cfg: AdapterConfig
+    base_flags: dict[str, bool]
+
+
+class Adapter(nn.Module):
+    """A variant: subclass it, give `Config`, `param_specs` and `forward` or `forward_input`, and `register` it.
+
+    Tensors are built from `param_specs` as parameters or buffers under their declared names. `self.cfg` is the frozen config
+    of this layer, `self.s` its scale alpha / r, `self.coeff` the runtime coefficient: a float or, inside `forward`, a tensor
+    with axes of size 1 appended so that it broadcasts against y.
+    """
+
+    Config: ClassVar[type[AdapterConfig]]
+    variant: ClassVar[str]
+    citation: ClassVar[str] = ""
+    claims: ClassVar[Claims] = Claims()
+
+    def __init__(
+        self, d_in: int, d_out: int, cfg: AdapterConfig, *, device: Any = None, matrix_dtype: torch.dtype | None = None
+    ):
+        """Build the declared tensors, unfilled. matrix_dtype: of frozen matrices; parameters and vectors are in cfg.dtype."""
+        super().__init__()
+        self.d_in, self.d_out, self.cfg = d_in, d_out, cfg
+        self.coeff: float | Tensor = cfg.coeff
+        self.fired = False
+        self.group: Group | None = None
+        self.original: tuple[nn.Parameter, nn.Parameter | None] | None = None  # weight and bias while merged
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.report: dict[str, float] = {}  # what group_init measured, such as the captured share of a statistic
+        for name, spec in self.specs().items():
+            if hasattr(self, name):
+                raise LoraLiteError(
+                    f"{type(self).__name__} declares a tensor {name!r}.",
+                    expected="A tensor's name must not be an attribute that Adapter already has.",
+                    fix=f'{{"{name}_": ParamSpec(...)}}',
+                )
+            frozen_matrix = not spec.trainable and len(spec.shape) > 1
+            dtype = (matrix_dtype if frozen_matrix else None) or cfg.dtype
+            tensor = torch.zeros(spec.shape, dtype=dtype, device=device)
+            if spec.trainable:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    # --- the contract -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
+        """Every tensor of the method for one layer; nothing is computed here."""
+        raise LoraLiteError("param_specs is missing.", expected="A variant declares its tensors.")
+
+    @staticmethod
+    def needs(cfg: Any) -> tuple[str, ...]:
+        """Names of the statistics that `group_init` cannot do without (see calibrate.py)."""
+        return ()
+
+    @staticmethod
+    def wants(cfg: Any) -> tuple[str, ...]:
+        """Names of the statistics that `group_init` uses where calibration data is given."""
+        return ()
+
+    def init(self, W: Tensor) -> None:
+        """Fill tensors from W (d_out, d_in), a float32 copy of the weight. Once, at attach."""
+
+    @staticmethod
+    def group_init(adapters: dict[str, Any], stats: Stats, cfg: Any) -> None:
+        """Fill tensors of all adapters {path: adapter} of this attach from streamed statistics. Once, after every `init`."""
+
+    def forward(self, x: Tensor, y: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """y' (..., d_out) from x (..., d_in), y = W x + b and base(z) = W z."""
+        raise LoraLiteError(f"{type(self).__name__} has no output side.", expected="forward(self, x, y, base).")
+
+    def forward_input(self, x: Tensor) -> Tensor:
+        """x' (..., d_in) from x (..., d_in)."""
+        raise LoraLiteError(f"{type(self).__name__} has no input side.", expected="forward_input(self, x).")
+
+    # --- what the core does with it -----------------------------------------------------------------------------------
+
+    @classmethod
+    def changes_input(cls) -> bool:
+        return cls.forward_input is not Adapter.forward_input
+
+    @classmethod
+    def changes_output(cls) -> bool:
+        return cls.forward is not Adapter.forward
+
+    @property
+    def s(self) -> float:
+        """The scale alpha / r, or alpha / sqrt(r) with rslora."""
+        return self.cfg.s
+
+    def specs(self) -> dict[str, ParamSpec]:
+        return type(self).param_specs(self.d_in, self.d_out, self.cfg)
+
+    @torch.no_grad()
+    def start(self, path: str) -> None:
+        """Fill every tensor with its declared start value; random ones depend on seed, path and name alone."""
+        for name, spec in self.specs().items():
+            with seeded(self.cfg.seed, path, name):
+                value = spec.start(spec.shape)
+            if tuple(value.shape) != spec.shape:
+                raise LoraLiteError(
+                    f"The start of {type(self).__name__}.{name} has shape {tuple(value.shape)}.",
+                    expected=f"ParamSpec says {spec.shape}.",
+                )
+            getattr(self, name).copy_(value)
+
+    def install(self, layer: nn.Module, group: Group) -> None:
+        """Hang under the layer as a child of the group's name, with bound methods as hooks."""
+        self.group = group
+        layer.add_module(group.name, self)
+        if self.changes_input():
+            self.handles.append(layer.register_forward_pre_hook(self.input_hook, with_kwargs=True))
+        if self.changes_output():
+            self.handles.append(layer.register_forward_hook(self.output_hook, with_kwargs=True))
+
+    def remove(self, layer: nn.Module) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if self.group is not None and getattr(layer, self.group.name, None) is self:
+            delattr(layer, self.group.name)
+
+    def hooked(self) -> bool:
+        """Whether every hook is still on its layer; other libraries may clear the hooks of a model."""
+        return bool(self.handles) and all(handle.id in (handle.hooks_dict_ref() or ()) for handle in self.handles)
+
+    def idle(self) -> bool:
+        """No work to do: the coefficient is exactly 0, or the weight already holds the change."""
+        return self.original is not None or (not isinstance(self.coeff, Tensor) and self.coeff == 0.0)
+
+    def input_hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.fired = True
+        if self.idle():
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        with self.aligned(x):
+            changed = self.forward_input(x).to(x.dtype)
+        if args:
+            return (changed, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): changed}
+
+    def output_hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        self.fired = True
+        if self.idle():
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        with self.aligned(y):
+            return self.forward(x, y, Base(layer)).to(y.dtype)
+
+    @contextlib.contextmanager
+    def aligned(self, z: Tensor) -> Iterator[None]:
+        """For the call: a coefficient tensor gets axes of size 1 up to those of z."""
+        coeff = self.coeff
+        if not isinstance(coeff, Tensor):
+            yield
+            return
+        if coeff.ndim >= z.ndim or any(c not in (1, n) for c, n in zip(coeff.shape, z.shape)):
+            raise LoraLiteError(
+                f"The coefficient tensor has shape {tuple(coeff.shape)}.",
+                expected=f"It must line up with the leading axes of activations of shape {tuple(z.shape)}.",
+                fix=f"ll.scale(model, torch.ones({z.shape[0]}))  # one value per sample",
+            )
+        self.coeff = coeff.to(z.device).reshape(coeff.shape + (1,) * (z.ndim - coeff.ndim))
+        try:
+            yield
+        finally:
+            self.coeff = coeff
+
+    def extra_repr(self) -> str:
+        return f"{self.variant}, {self.d_in} -> {self.d_out}, coeff={self.coeff}"
+
+
+@contextlib.contextmanager
+def seeded(*key: object) -> Iterator[None]:
+    """torch's CPU generator seeded from the key, and as it was afterwards; new tensors are on the CPU."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(zlib.crc32(repr(key).encode()))
+        yield

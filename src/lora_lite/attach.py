@@ -1,0 +1,205 @@
+"""attach and detach, and the handle that attach and load return. Whatever can fail does so before the model is changed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import runtime
+from .adapter import Adapter, Group, seeded
+from .calibrate import Stats, Weights, measure
+from .config import AdapterConfig
+from .errors import LoraLiteError, some
+from .registry import variant_of
+from .targets import dense_weight, find_targets, linears, refuse_wrapped, role, selected, sizes, unwrapped
+
+
+@dataclass
+class Attached:
+    """Handle of one attach; as a context manager it detaches on leaving.
+
+    model    the model that was adapted                  name    of this adapter
+    config   its frozen config                           layers  {path: adapter module}
+    skipped  {path: reason} for layers that targets matched and roles left out
+    """
+
+    model: nn.Module
+    name: str
+    config: AdapterConfig
+    layers: dict[str, Adapter]
+    skipped: dict[str, str]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable tensors of this adapter, in the model's order."""
+        for adapter in self.layers.values():
+            yield from adapter.parameters()
+
+    def save(self, path: str | Path) -> None:
+        from .io import save
+
+        save(self.model, path, name=self.name)
+
+    def scale(self, coeff: float | torch.Tensor) -> runtime.Scaling:
+        return runtime.scale(self.model, coeff, name=self.name)
+
+    def detach(self) -> None:
+        detach(self.model, name=self.name)
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+
+def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *, name: str = "default") -> Attached:
+    """Hang the variant that `cfg` belongs to under every layer it selects; freeze the base; train nothing yet.
+
+    calibration_data  batches for variants that start from data: an iterable of mappings, tuples or tensors that the model
+                      is called with, or {"positive": batches, "negative": batches}
+    name              keys the adapter; several may share a model, applied in the order attached
+
+    Raises LoraLiteError before anything is changed: unknown targets, a rank or block size that a layer does not allow,
+    missing, unused or unfit data, a name in use, a compiled, sharded or wrapped model.
+    """
+    if not isinstance(cfg, AdapterConfig):
+        raise LoraLiteError(
+            f"attach(model, {cfg!r}) needs a config.",
+            expected="An AdapterConfig.",
+            fix=f"ll.attach(model, ll.config({cfg!r}))"
+            if isinstance(cfg, str)
+            else 'll.attach(model, ll.config("lora"))',
+        )
+    cls = variant_of(cfg)
+    refuse_wrapped(model)
+    targets = find_targets(model, cfg)
+    refuse_name(model, targets, name)
+    adapters = {path: build(cls, path, layer, cfg) for path, layer in targets.items()}
+    stats = statistics(cls, cfg, model, targets, calibration_data)
+    with torch.no_grad():
+        for path, adapter in adapters.items():
+            adapter.start(path)
+            if cls.init is not Adapter.init:
+                with seeded(cfg.seed, path, "init"):
+                    adapter.init(dense_weight(targets[path]))
+        if cls.group_init is not Adapter.group_init:
+            with seeded(cfg.seed, "group_init"):
+                cls.group_init(adapters, stats, cfg)
+    refuse_non_finite(adapters)
+    install(model, targets, adapters, name, cfg)
+    return handle(model, name, cfg, adapters)
+
+
+def handle(model: nn.Module, name: str, cfg: AdapterConfig, adapters: dict[str, Adapter]) -> Attached:
+    skipped = {
+        path: f"a {role(path)}; roles={cfg.roles}"
+        for path in linears(model)
+        if cfg.roles and path not in adapters and selected(path, cfg)
+    }
+    return Attached(model, name, cfg, adapters, skipped)
+
+
+def build(cls: type[Adapter], path: str, layer: nn.Module, cfg: AdapterConfig) -> Adapter:
+    """The unfilled adapter of one layer. Errors of `param_specs` are given the layer's path and sizes."""
+    d_in, d_out = sizes(layer)
+    weight = layer.weight
+    dtype = cfg.buffer_dtype or (weight.dtype if weight.is_floating_point() else None)
+    try:
+        return cls(d_in, d_out, cfg.for_layer(path), device=weight.device, matrix_dtype=dtype)
+    except LoraLiteError as error:
+        raise LoraLiteError(f"{path} (d_in={d_in}, d_out={d_out}): {error}") from error
+
+
+def statistics(
+    cls: type[Adapter], cfg: AdapterConfig, model: nn.Module, targets: dict[str, nn.Module], data: Any
+) -> Stats:
+    """What the variant needs or wants, measured on the base model; refused where data is missing or would be ignored."""
+    needed, wanted = cls.needs(cfg), cls.wants(cfg)
+    if data is None:
+        if needed:
+            raise LoraLiteError(
+                f"{cls.variant} starts from data and calibration_data is missing.",
+                expected=f"Statistics: {', '.join(needed)}.",
+                fix="ll.attach(model, cfg, calibration_data=batches)",
+            )
+        return {"weight": Weights(targets)}
+    if not needed and not wanted:
+        raise LoraLiteError(
+            f"{cls.variant} with these options starts without data; calibration_data would be ignored.",
+            fix="ll.attach(model, cfg)",
+        )
+    unlabelled = not (isinstance(data, dict) and set(data) == {"positive", "negative"})
+    available = [name for name in wanted if name not in needed and not (unlabelled and ":" in name)]
+    with runtime.disabled(model):
+        return measure(model, targets, (*needed, *available), data)
+
+
+def refuse_name(model: nn.Module, targets: dict[str, nn.Module], name: str) -> None:
+    taken = runtime.adapter_names(model)
+    if name in taken:
+        raise LoraLiteError(
+            f"There is an adapter {name!r} already.",
+            found=f"Adapters of this model: {some(taken)}.",
+            fix=f'll.attach(model, cfg, name="{name}_2")',
+        )
+    for path, layer in targets.items():
+        if not isinstance(name, str) or not name.isidentifier() or hasattr(layer, name):
+            raise LoraLiteError(
+                f"An adapter cannot be called {name!r}: {path} has such an attribute or it is no identifier.",
+                fix='ll.attach(model, cfg, name="style")',
+            )
+
+
+def refuse_non_finite(adapters: dict[str, Adapter]) -> None:
+    for path, adapter in adapters.items():
+        for key, tensor in adapter.state_dict().items():
+            if not tensor.isfinite().all():
+                raise LoraLiteError(
+                    f"{path}.{key} is not finite after init.", expected="A finite base weight and finite data."
+                )
+
+
+def install(
+    model: nn.Module, targets: dict[str, nn.Module], adapters: dict[str, Adapter], name: str, cfg: AdapterConfig
+) -> None:
+    """Hang the filled adapters and freeze the base; undone whole when it is interrupted."""
+    earlier = runtime.adapters(model)
+    flags = (
+        earlier[0].adapter.group.base_flags if earlier else {k: p.requires_grad for k, p in model.named_parameters()}
+    )
+    group = Group(name, cfg, flags)
+    trainable = [] if earlier else [p for p in model.parameters() if p.requires_grad]
+    try:
+        for path, adapter in adapters.items():
+            adapter.install(targets[path], group)
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+    except BaseException:
+        for path, adapter in adapters.items():
+            adapter.remove(targets[path])
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take off the adapter `name`, or all of them; with the last one the base is as it was before the first attach.
+
+    A merged layer gets its own bits back. Raises LoraLiteError for a name that is not there.
+    """
+    from .merge import unmerge
+
+    model = unwrapped(model)
+    leaving = runtime.adapters(model, name)
+    if any(found.adapter.original is not None for found in leaving):
+        unmerge(model)
+    flags = leaving[0].adapter.group.base_flags if leaving else {}
+    for found in leaving:
+        found.adapter.remove(found.layer)
+    if not runtime.adapters(model):
+        for key, parameter in model.named_parameters():
+            if key in flags:
+                parameter.requires_grad_(flags[key])

@@ -1,0 +1,234 @@
+"""Streaming statistics of the layers' inputs and outputs on calibration data; activations are never kept.
+
+A statistic is a sum over kept tokens, accumulated in float64 from float32 (or better) products of one batch:
+
+    n          number of tokens                          (1,)
+    x_tr       sum |x|^2                                 (1,)
+    x_abs      sum |x_j|                                 (i,)
+    x_sq       sum x_j^2                                 (i,)
+    x_sum      sum x                                     (i,)
+    x_moment   sum x x^T                                 (i, i)
+    y_sum      sum (y - b)                               (o,)
+    y_moment   sum (y - b)(y - b)^T                      (o, o)
+    yx_moment  sum (y - b) x^T                           (o, i)
+
+`NAME/last` sums over the last kept token of each row only; `NAME:positive` and `NAME:negative` over the batches of that label,
+for data given as {"positive": batches, "negative": batches}. Example: "y_sum/last:positive".
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoraLiteError, closest, some
+from .targets import dense_weight
+
+LABELS = ("positive", "negative")
+STATISTICS: dict[str, Any] = {
+    "n": lambda x, y: x.new_tensor([len(x)]),
+    "x_tr": lambda x, y: x.square().sum()[None],
+    "x_abs": lambda x, y: x.abs().sum(0),
+    "x_sq": lambda x, y: x.square().sum(0),
+    "x_sum": lambda x, y: x.sum(0),
+    "x_moment": lambda x, y: x.T @ x,
+    "y_sum": lambda x, y: y.sum(0),
+    "y_moment": lambda x, y: y.T @ y,
+    "yx_moment": lambda x, y: y.T @ x,
+}
+
+
+class Weights(Mapping[str, Tensor]):
+    """{path: float32 copy of the weight (d_out, d_in)}, made when asked for."""
+
+    def __init__(self, layers: dict[str, nn.Module]):
+        self.layers = layers
+
+    def __getitem__(self, path: str) -> Tensor:
+        return dense_weight(self.layers[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+Stats = dict[str, Mapping[str, Tensor]]
+
+
+def parse(name: str) -> tuple[str, bool, str | None]:
+    """(statistic, last token only, label) of a name. Raises LoraLiteError for a statistic that does not exist."""
+    statistic, _, label = name.partition(":")
+    statistic, _, position = statistic.partition("/")
+    if statistic not in STATISTICS or position not in ("", "last") or label not in ("", *LABELS):
+        raise LoraLiteError(
+            f"There is no statistic {name!r}.",
+            expected="<statistic>[/last][:positive|:negative].",
+            found=closest(statistic, STATISTICS),
+        )
+    return statistic, position == "last", label or None
+
+
+def labelled(data: Any) -> dict[str | None, Iterable[Any]]:
+    """{label: batches}; {None: batches} for data without labels. Raises LoraLiteError for one batch given as data."""
+    if isinstance(data, Mapping) and set(data) <= set(LABELS) and data:
+        for label in LABELS:
+            if label not in data:
+                raise LoraLiteError(
+                    f"Calibration data has only {next(iter(data))} batches.",
+                    expected="A contrast needs samples of both classes.",
+                    fix='calibration_data={"positive": batches, "negative": other_batches}',
+                )
+        return dict(data)
+    if isinstance(data, (Mapping, Tensor)) or not isinstance(data, Iterable):
+        raise LoraLiteError(
+            f"calibration_data is a {type(data).__name__}.",
+            expected='An iterable of batches, or {"positive": batches, "negative": batches}.',
+            fix="calibration_data=[batch]",
+        )
+    return {None: data}
+
+
+def run_batch(model: nn.Module, batch: Any) -> None:
+    """Call the model with a mapping, a tuple or list, or a tensor, moved to the model's device."""
+    device = next(model.parameters()).device
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        model(**{name: move(value) for name, value in batch.items()})
+    elif isinstance(batch, (tuple, list)):
+        model(*map(move, batch))
+    else:
+        model(move(batch))
+
+
+def kept_rows(path: str, shape: torch.Size, mask: Tensor | None, last: bool) -> Tensor:
+    """Indices of the flattened tokens that count: not padding; with `last` the last of them in each row."""
+    tokens = shape[:-1].numel()
+    if mask is None:
+        mask = torch.ones(shape[:-1] if len(shape) > 2 else (tokens, 1), dtype=torch.bool)
+    elif mask.numel() != tokens:
+        raise LoraLiteError(
+            f"{path} sees activations of shape {tuple(shape)}.",
+            expected=f"attention_mask of shape {tuple(mask.shape)} must cover the same tokens.",
+            fix=f'exclude=("{path}",)  # or batches without attention_mask',
+        )
+    mask = mask.bool()
+    if last:
+        position = torch.arange(mask.shape[-1], device=mask.device)
+        final = torch.where(mask, position, -1).amax(-1, keepdim=True)
+        mask = mask & (position == final)
+    return mask.reshape(-1).nonzero()[:, 0]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval mode and no gradient; every module's own mode comes back, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def measure(model: nn.Module, layers: dict[str, nn.Module], wanted: Iterable[str], data: Any) -> Stats:
+    """Stream the data once through the base model; {name: {path: sum}} in float64 for the wanted statistics.
+
+    data  batches, or {"positive": batches, "negative": batches}; a batch is a mapping (whose attention_mask drops padding),
+          a tuple or a tensor.
+    Raises LoraLiteError, naming the layer, for no batches, a layer that was never called, non-finite activations, and a mask
+    that does not fit.
+    """
+    requests = {name: parse(name) for name in wanted}
+    parts = labelled(data)
+    for name, (_, _, label) in requests.items():
+        if label is not None and label not in parts:
+            raise LoraLiteError(
+                f"The statistic {name} needs labelled calibration data.",
+                found="The batches carry no labels.",
+                fix='calibration_data={"positive": batches, "negative": other_batches}',
+            )
+    sums: dict[str, dict[str, Tensor]] = {name: {} for name in requests}
+    state: dict[str, Any] = {"label": None, "mask": None}
+
+    def observe(path: str, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        mask = state["mask"]
+        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        chosen = {}
+        for name, (statistic, last, label) in requests.items():
+            if label is not None and label != state["label"]:
+                continue
+            if last not in chosen:
+                rows = kept_rows(path, x.shape, mask, last).to(x.device)
+                wide = torch.promote_types(torch.float32, x.dtype)
+                seen = flat_y[rows].to(wide)
+                chosen[last] = flat_x[rows].to(wide), seen if layer.bias is None else seen - layer.bias.to(wide)
+                if not all(t.isfinite().all() for t in chosen[last]):
+                    raise LoraLiteError(
+                        f"{path} has activations that are not finite on calibration data.",
+                        expected="Statistics need finite numbers.",
+                        fix="model.float()  # or look for overflow in the batches",
+                    )
+            value = STATISTICS[statistic](*chosen[last]).double()
+            sums[name][path] = sums[name][path] + value if path in sums[name] else value
+
+    handles = [
+        layer.register_forward_hook(
+            lambda layer, args, kwargs, y, path=path: observe(path, layer, args, kwargs, y), with_kwargs=True
+        )
+        for path, layer in layers.items()
+    ]
+    try:
+        with evaluating(model):
+            for label, batches in parts.items():
+                count = 0
+                for batch in batches:
+                    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                    state.update(label=label, mask=mask)
+                    run_batch(model, batch)
+                    count += 1
+                if count == 0:
+                    raise LoraLiteError(
+                        f"calibration_data{f'[{label!r}]' if label else ''} is empty.",
+                        expected="At least one batch.",
+                        fix="calibration_data=[batch, ...]  # a list, not a generator that was read before",
+                    )
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    for name, by_path in sums.items():
+        if unseen := [path for path in layers if path not in by_path]:
+            raise LoraLiteError(
+                f"{some(unseen)} were never called on the calibration data.",
+                expected="An adapter acts when its layer is called; a layer that is not cannot be adapted.",
+                fix=f"exclude=({unseen[0]!r},)",
+            )
+        if parse(name)[0] == "n" and (empty := [path for path, n in by_path.items() if n.item() == 0]):
+            raise LoraLiteError(
+                f"{name} is 0 at {empty[0]}: every token is padding.",
+                expected="At least one token that attention_mask keeps.",
+                fix="attention_mask = input_ids != pad_token_id",
+            )
+    return {**sums, "weight": Weights(layers)}
+
+
+def require_tokens(stats: Stats, path: str, least: int, what: str, name: str = "n") -> float:
+    """The token count at `path`. Raises LoraLiteError where it is below `least`: the statistic would be of lower rank."""
+    n = float(stats[name][path])
+    if n < least:
+        raise LoraLiteError(
+            f"{path}: {int(n)} calibration tokens are too few.",
+            expected=f"At least {least} for {what}.",
+            fix="more batches in calibration_data, or a smaller r",
+        )
+    return n

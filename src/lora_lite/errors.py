@@ -1,0 +1,29 @@
+"""The one error of the library: what failed, what was expected, what is there, and the repair as code."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoraLiteError(ValueError):
+    """A request that cannot be carried out; the model is as it was before the call."""
+
+    def __init__(self, failed: str, *, expected: str = "", found: str = "", fix: str = ""):
+        sentence = " ".join(part for part in (failed, expected, found) if part)
+        super().__init__(sentence + (f"\n    {fix}" if fix else ""))
+
+
+class LoraLiteWarning(UserWarning):
+    """Something that a user should look at, and that can still be lawful."""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """'Closest name: x.' for the known word nearest to `word`, else the list of all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"Closest name: {near[0]}." if near else f"Known: {', '.join(known)}."
+
+
+def some(names: Iterable[str], most: int = 6) -> str:
+    """The names as one phrase, cut after `most`."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

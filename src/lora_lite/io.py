@@ -1,0 +1,211 @@
+"""Checkpoints: one safetensors file with a JSON header, written atomically, read strictly, never pickled.
+
+Tensors are called `<layer path>.<tensor name>`. The header holds format and version, variant, config, adapter name, layer
+paths, a fingerprint of every base weight, and the versions of the libraries that wrote it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from . import registry, runtime
+from .adapter import Adapter
+from .attach import Attached, build, handle, install, refuse_name
+from .errors import LoraLiteError, LoraLiteWarning, some
+from .targets import is_linear, refuse_wrapped, unwrapped
+
+FORMAT = "lora_lite"
+VERSION = 1
+WHOLE_BELOW = 2**18  # numbers of a weight that are hashed entirely
+SAMPLE = 2**14  # numbers, evenly spaced, that are hashed of a larger one
+
+
+def fingerprint(layer: nn.Module) -> dict[str, Any]:
+    """Shape, dtype and a hash of the stored weight: of all of it up to 2^18 numbers, of 2^14 evenly spaced ones above."""
+    weight = layer.weight.detach()
+    flat = weight.reshape(-1)
+    if flat.numel() > WHOLE_BELOW:
+        flat = flat[torch.linspace(0, flat.numel() - 1, SAMPLE, dtype=torch.float64).long().to(flat.device)]
+    content = flat.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    return {
+        "shape": list(weight.shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "sha256": hashlib.sha256(content).hexdigest()[:32],
+    }
+
+
+def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None:
+    """Write adapter `name` (None: the only one) to one safetensors file; all of it or nothing appears at `path`.
+
+    Raises LoraLiteError while the adapter is merged and where its hooks were removed by somebody else. Warns of layers
+    that never ran although others did.
+    """
+    model = unwrapped(model)
+    name = runtime.the_name(model, name)
+    found = runtime.adapters(model, name)
+    if any(f.adapter.original is not None for f in found):
+        raise LoraLiteError(
+            f"Adapter {name!r} is merged: the base weights are not those it belongs to.",
+            fix="ll.unmerge(model); ll.save(model, path)",
+        )
+    if lost := [f.path for f in found if not f.adapter.hooked()]:
+        raise LoraLiteError(
+            f"The hooks of adapter {name!r} are gone from {some(lost)}: another program removed them.",
+            expected="What was trained since then was not this adapter.",
+            fix=f'state = {{f: t for f, t in model.state_dict().items() if ".{name}." in f}}  # keeps the tensors',
+        )
+    if dead := [f.path for f in found if not f.adapter.fired and any(g.adapter.fired for g in found)]:
+        warnings.warn(
+            f"{some(dead)} never ran, so their adapters are at their start. Leave them out: exclude=({dead[0]!r},)",
+            LoraLiteWarning,
+            stacklevel=2,
+        )
+    tensors = {
+        f"{f.path}.{key}": tensor.detach().contiguous().cpu()
+        for f in found
+        for key, tensor in f.adapter.state_dict().items()
+    }
+    group = found[0].adapter.group
+    assert group is not None
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "variant": found[0].adapter.variant,
+        "config": group.cfg.to_json(),
+        "name": name,
+        "layers": json.dumps([f.path for f in found]),
+        "base": json.dumps({f.path: fingerprint(f.layer) for f in found}),
+        "versions": json.dumps({"torch": torch.__version__, "safetensors": safetensors.__version__}),
+    }
+    write_atomically(Path(path), safetensors.torch.save(tensors, metadata=header))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Temporary file in the same folder, fsync, rename: `path` holds the old content or the new, never a part."""
+    if not path.parent.is_dir():
+        raise LoraLiteError(f"{path}: the folder does not exist.", fix=f'Path("{path.parent}").mkdir(parents=True)')
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(header, tensors) of a checkpoint. Raises LoraLiteError for a file that is missing, cut short or not ours."""
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise LoraLiteError(
+            f"{path} cannot be read: {error}.",
+            expected="A whole safetensors file that ll.save wrote.",
+            fix="ll.save(model, path)",
+        ) from error
+    if header.get("format") != FORMAT:
+        raise LoraLiteError(
+            f"{path} is no lora_lite checkpoint.",
+            found=f"Its header has {some(header) or 'no entries'}.",
+            fix="ll.save(model, path)",
+        )
+    if int(header["version"]) > VERSION:
+        raise LoraLiteError(
+            f"{path} has format version {header['version']}.",
+            expected=f"This lora_lite reads up to version {VERSION}.",
+            fix="pip install --upgrade lora_lite",
+        )
+    return header, tensors
+
+
+def load(model: nn.Module, path: str | Path, *, name: str | None = None, strict_base: bool = True) -> Attached:
+    """Attach the adapter in the file to a model with the same base; no SVD, no data, no randomness.
+
+    name         of the adapter; None: the one it was saved under
+    strict_base  False loads on a base whose weights differ from those it was trained on
+    Raises LoraLiteError before anything is changed: unreadable or newer file, unknown variant, missing layers, another base,
+    missing, unexpected or misshaped tensors, a name in use, a compiled, sharded or wrapped model.
+    """
+    header, tensors = read(path)
+    cls = registry.get(header["variant"])
+    cfg = cls.Config.from_json(header["config"])
+    name = header["name"] if name is None else name
+    refuse_wrapped(model)
+    targets = layers_of(model, path, json.loads(header["layers"]))
+    refuse_name(model, targets, name)
+    if strict_base:
+        refuse_other_base(path, targets, json.loads(header["base"]))
+    adapters = {layer_path: build(cls, layer_path, layer, cfg) for layer_path, layer in targets.items()}
+    restore(path, adapters, tensors)
+    install(unwrapped(model), targets, adapters, name, cfg)
+    return handle(model, name, cfg, adapters)
+
+
+def layers_of(model: nn.Module, path: str | Path, wanted: list[str]) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())
+    if missing := [p for p in wanted if p not in modules or not is_linear(modules[p])]:
+        present = [p for p, m in modules.items() if is_linear(m)]
+        raise LoraLiteError(
+            f"{path} belongs to another model: it has no Linear {some(missing)}.",
+            found=f"Linears here: {some(present)}.",
+            fix="ll.load(the_model_it_was_saved_from, path)",
+        )
+    return {p: modules[p] for p in wanted}
+
+
+def refuse_other_base(path: str | Path, targets: dict[str, nn.Module], saved: dict[str, Any]) -> None:
+    different = []
+    for layer_path, layer in targets.items():
+        here = fingerprint(layer)
+        for field in ("shape", "dtype", "sha256"):
+            if here[field] != saved[layer_path][field]:
+                what = "content" if field == "sha256" else f"{field} {here[field]}, saved {saved[layer_path][field]}"
+                different.append(f"{layer_path} ({what})")
+                break
+    if different:
+        raise LoraLiteError(
+            f"{path} was trained on another base.",
+            expected="Base weights equal to those at save.",
+            found=f"Different: {some(different)}.",
+            fix="ll.load(model, path, strict_base=False)  # if the other base is meant",
+        )
+
+
+def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
+    """Copy the file's tensors into the built adapters. Raises LoraLiteError naming missing, unexpected and misshaped ones."""
+    places = {f"{p}.{key}": tensor for p, adapter in adapters.items() for key, tensor in adapter.state_dict().items()}
+    problems = [f"missing {key}" for key in places.keys() - tensors.keys()]
+    problems += [f"unexpected {key}" for key in tensors.keys() - places.keys()]
+    problems += [
+        f"{key} has shape {tuple(tensors[key].shape)}, the config says {tuple(place.shape)}"
+        for key, place in places.items()
+        if key in tensors and tensors[key].shape != place.shape
+    ]
+    if problems:
+        raise LoraLiteError(
+            f"{path} does not fit its own config: {some(sorted(problems))}.",
+            expected="Exactly the tensors that the variant declares.",
+            fix="ll.save(model, path)  # with the version that trained it",
+        )
+    with torch.no_grad():
+        for key, place in places.items():
+            place.copy_(tensors[key])

@@ -1,0 +1,248 @@
+"""What can be done to attached adapters while they run: scale, disable, inspect, group for the optimizer."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .errors import LoraLiteError, LoraLiteWarning, closest
+from .targets import unwrapped
+
+
+class Found(NamedTuple):
+    """An adapter in its place."""
+
+    path: str
+    layer: nn.Module
+    name: str
+    adapter: Adapter
+
+
+def adapters(model: nn.Module, name: str | None = None) -> list[Found]:
+    """The adapters of the model in its order; those called `name`, or all.
+
+    Raises LoraLiteError for a name that no adapter has.
+    """
+    found = [
+        Found(path, layer, child_name, child)
+        for path, layer in unwrapped(model).named_modules()
+        for child_name, child in layer.named_children()
+        if isinstance(child, Adapter) and child.group is not None
+    ]
+    if name is None:
+        return found
+    names = {f.name for f in found}
+    if name not in names:
+        raise LoraLiteError(
+            f"There is no adapter {name!r} on this model.",
+            found=closest(str(name), names) if names else "It has none.",
+            fix='ll.attach(model, ll.config("lora"), name="' + str(name) + '")' if not names else "ll.status(model)",
+        )
+    return [f for f in found if f.name == name]
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the attached adapters, in the order they were attached on any layer."""
+    return list(dict.fromkeys(found.name for found in adapters(model)))
+
+
+def the_name(model: nn.Module, name: str | None) -> str:
+    """`name`, or the only adapter's where None. Raises LoraLiteError for none or several."""
+    if name is not None:
+        return adapters(model, name)[0].name
+    present = adapter_names(model)
+    if len(present) != 1:
+        raise LoraLiteError(
+            f"The model has {len(present)} adapters.",
+            expected="Without a name there must be exactly one.",
+            found=f"Here: {present}.",
+            fix=f"name={present[0]!r}" if present else 'll.attach(model, ll.config("lora"))',
+        )
+    return present[0]
+
+
+class Scaling:
+    """The coefficients before a `scale`; leaving it as a context manager puts them back."""
+
+    def __init__(self, before: list[tuple[Adapter, float | Tensor]]):
+        self.before = before
+
+    def __enter__(self) -> "Scaling":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for adapter, coeff in self.before:
+            adapter.coeff = coeff
+
+
+def scale(model: nn.Module, coeff: float | Tensor, *, name: str | None = None) -> Scaling:
+    """Set the runtime coefficient of adapter `name`, or of all, at once: 1 is the trained adapter, 0 the base model.
+
+    coeff  a number, or a tensor aligned with the leading axes of the activations: (batch,) one value per sample,
+           (batch, time) one per token
+    `with ll.scale(model, 0.5): ...` puts the old coefficients back on leaving.
+    Raises LoraLiteError for a coefficient that is neither, or not finite, and for a merged adapter.
+    """
+    if isinstance(coeff, Tensor):
+        coeff = float(coeff) if coeff.ndim == 0 else coeff.detach() if not coeff.requires_grad else coeff
+    elif isinstance(coeff, bool) or not isinstance(coeff, (int, float)):
+        raise LoraLiteError(
+            f"coeff={coeff!r} is no coefficient.", expected="A number or a tensor.", fix="ll.scale(model, 0.5)"
+        )
+    else:
+        coeff = float(coeff)
+    if not torch.as_tensor(coeff).isfinite().all():
+        raise LoraLiteError(f"coeff={coeff} is not finite.", expected="Finite numbers.", fix="ll.scale(model, 1.0)")
+    chosen = [found.adapter for found in adapters(model, name)]
+    if any(adapter.original is not None for adapter in chosen):
+        raise LoraLiteError(
+            "A merged adapter cannot be scaled: its change is in the weights.",
+            fix="ll.unmerge(model); ll.scale(model, coeff); ll.merge(model)",
+        )
+    for adapter in {adapter.variant: adapter for adapter in chosen}.values():
+        warn_outside(adapter, coeff)
+    before = [(adapter, adapter.coeff) for adapter in chosen]
+    for adapter in chosen:
+        adapter.coeff = coeff
+    return Scaling(before)
+
+
+def warn_outside(adapter: Adapter, coeff: float | Tensor) -> None:
+    safe, values = adapter.claims.safe_coeff, torch.as_tensor(coeff)
+    if safe is not None and (values.min() < safe[0] or values.max() > safe[1]):
+        warnings.warn(
+            f"coeff outside {list(safe)}: what {adapter.variant} promises holds inside only",
+            LoraLiteWarning,
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
+    """Inside, adapter `name` (or every one) does no work: the output is the base model's. Coefficients come back."""
+    if not adapters(model):
+        yield
+        return
+    with scale(model, 0.0, name=name):
+        yield
+
+
+def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Optimizer groups of all adapters: the variant's own learning rate, decay only where a tensor's identity is 0.
+
+    lr            for every adapter; None takes each config's recommended one
+    weight_decay  for the tensors that declare `decay`; all others get 0
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for found in adapters(model):
+        specs = found.adapter.specs()
+        for key, parameter in found.adapter.named_parameters():
+            rate = found.adapter.cfg.lr if lr is None else lr
+            decay = weight_decay if specs[key].decay else 0.0
+            group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+            group["params"].append(parameter)
+    if not groups:
+        raise LoraLiteError("The model has no adapter.", fix='ll.attach(model, ll.config("lora"))')
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """One adapter on one layer. fired: its hook ran at least once; hooked: its hooks are still on the layer."""
+
+    name: str
+    path: str
+    variant: str
+    trainable: int
+    frozen: int
+    dtype: torch.dtype
+    coeff: float | Tensor
+    fired: bool
+    hooked: bool
+    merged: bool
+    report: dict[str, float]
+
+    @property
+    def state(self) -> str:
+        return (
+            "merged"
+            if self.merged
+            else "UNHOOKED"
+            if not self.hooked
+            else "fired"
+            if self.fired
+            else "dead or not run yet"
+        )
+
+
+@dataclass(frozen=True)
+class Status:
+    """Rows of `status`, one per adapter and layer; prints as a table."""
+
+    layers: tuple[LayerStatus, ...]
+
+    @property
+    def trainable(self) -> int:
+        return sum(row.trainable for row in self.layers)
+
+    @property
+    def frozen(self) -> int:
+        return sum(row.frozen for row in self.layers)
+
+    @property
+    def dead(self) -> list[str]:
+        """Paths whose hook has not run although another layer of the same adapter has."""
+        alive = {row.name for row in self.layers if row.fired}
+        return [row.path for row in self.layers if not row.fired and row.name in alive]
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no adapters"
+        head = ("adapter", "layer", "variant", "trainable", "frozen", "dtype", "coeff", "state")
+        rows = [
+            (
+                r.name,
+                r.path,
+                r.variant,
+                f"{r.trainable:,}",
+                f"{r.frozen:,}",
+                str(r.dtype).removeprefix("torch."),
+                short(r.coeff),
+                r.state,
+            )
+            for r in self.layers
+        ]
+        rows.append(("total", f"{len(self.layers)} layers", "", f"{self.trainable:,}", f"{self.frozen:,}", "", "", ""))
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in (head, *rows))
+
+
+def short(coeff: float | Tensor) -> str:
+    return f"tensor {tuple(coeff.shape)}" if isinstance(coeff, Tensor) else f"{coeff:g}"
+
+
+def status(model: nn.Module) -> Status:
+    """What is attached where, in which state: per adapter and layer the variant, numbers, dtype, coefficient, fired or dead."""
+    return Status(
+        tuple(
+            LayerStatus(
+                name=name,
+                path=path,
+                variant=adapter.variant,
+                trainable=sum(p.numel() for p in adapter.parameters()),
+                frozen=sum(b.numel() for b in adapter.buffers()),
+                dtype=next(iter(adapter.state_dict().values())).dtype,
+                coeff=adapter.coeff,
+                fired=adapter.fired,
+                hooked=adapter.hooked(),
+                merged=adapter.original is not None,
+                report=dict(adapter.report),
+            )
+            for path, _, name, adapter in adapters(model)
+        )
+    )

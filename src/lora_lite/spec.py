@@ -1,0 +1,78 @@
+"""ParamSpec: the declaration of one tensor of a variant, and the functions that give tensors their start values."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import LoraLiteError
+
+Shape = tuple[int, ...]
+Start = Callable[[Shape], Tensor]
+"""A function of the shape. Random ones draw from torch's global CPU generator, which the core seeds from
+(config seed, layer path, tensor name) and restores, so that no start depends on the order of the layers."""
+
+zeros: Start = torch.zeros
+ones: Start = torch.ones
+
+
+def constant(value: float) -> Start:
+    return lambda shape: torch.full(shape, float(value))
+
+
+def uniform(bound: float) -> Start:
+    return lambda shape: torch.empty(shape).uniform_(-bound, bound)
+
+
+def normal(std: float) -> Start:
+    return lambda shape: torch.randn(shape) * std
+
+
+def kaiming(shape: Shape) -> Tensor:
+    """Uniform in +-1/sqrt(fan in), the fan in being the last axis: what nn.Linear and LoRA's code use."""
+    return uniform(1 / math.sqrt(shape[-1]))(shape)
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One tensor of a variant.
+
+    shape      at least one axis, every axis at least 1 (sharded training refuses 0-d tensors)
+    start      function of the shape that gives the value before `init` and `group_init`
+    trainable  True: a parameter; False: a buffer, frozen and saved
+    identity   the value at which this tensor alone has no effect, None where there is no such constant
+    decay      may weight decay pull this tensor to 0; only lawful where 0 is its identity
+
+    Raises LoraLiteError for an empty shape, an axis below 1, and decay towards anything but the identity.
+    """
+
+    shape: Shape
+    start: Start = zeros
+    trainable: bool = True
+    identity: float | None = None
+    decay: bool = False
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.shape)
+        object.__setattr__(self, "shape", shape)
+        if not shape or any(not isinstance(n, int) or n < 1 for n in shape):
+            raise LoraLiteError(
+                f"ParamSpec(shape={shape}) cannot be built.",
+                expected="A shape has at least one axis and every axis is an integer of at least 1.",
+                fix="ParamSpec(shape=(1,))  # for a scalar",
+            )
+        if not callable(self.start):
+            raise LoraLiteError(
+                f"ParamSpec(start={self.start!r}) cannot be built.",
+                expected="A start is a function of the shape.",
+                found="lora_lite.spec has zeros, ones, constant(v), uniform(bound), normal(std), kaiming.",
+                fix="ParamSpec(shape, start=kaiming)",
+            )
+        if self.decay and self.identity != 0:
+            raise LoraLiteError(
+                f"ParamSpec(decay=True, identity={self.identity}) cannot be built.",
+                expected="Weight decay pulls to 0, so only a tensor whose identity is 0 may decay.",
+                fix="ParamSpec(shape, identity=0, decay=True)  # store the deviation from the identity instead",
+            )

@@ -1,0 +1,63 @@
+"""Twin: low-rank methods that start away from zero, as deviations from a frozen start.
+
+formula   y' = y + c s (B A - B0 A0) x,  A = A0 + dA,  B = B0 + dB
+          since B A - B0 A0 = B dA + dB A0 it is one pair of products of rank 2r, exactly 0 at dA = dB = 0 in every dtype,
+          and precise for small deviations where the difference of two products is not
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Parameter
+
+from .adapter import Adapter, Claims
+from .config import AdapterConfig
+from .errors import LoraLiteError
+from .linalg import low_rank
+from .spec import ParamSpec
+
+
+def refuse_rank(r: int, d_in: int, d_out: int) -> None:
+    """Raise where r exceeds the smaller side of the layer."""
+    if r > min(d_in, d_out):
+        raise LoraLiteError(
+            f"r={r} is larger than the layer allows.",
+            expected=f"At most min(d_in, d_out) = {min(d_in, d_out)}.",
+            fix=f"r={min(d_in, d_out)}  # or rank_pattern={{'<layer>': {min(d_in, d_out)}}}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwinConfig(AdapterConfig):
+    """alpha=None: s = 1, the papers' W = W_res + B A."""
+
+    r: int = 16
+    lr: float = 2e-5
+
+
+class Twin(Adapter):
+    """Parent of the methods that fill A0 and B0 and train the deviations."""
+
+    claims = Claims(rank=lambda cfg: 2 * cfg.r)
+
+    dA: Float[Parameter, "r i"]
+    dB: Float[Parameter, "o r"]
+    A0: Float[Tensor, "r i"]
+    B0: Float[Tensor, "o r"]
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
+        refuse_rank(cfg.r, d_in, d_out)
+        return {
+            "dA": ParamSpec((cfg.r, d_in), identity=0, decay=True),
+            "dB": ParamSpec((d_out, cfg.r), identity=0, decay=True),
+            "A0": ParamSpec((cfg.r, d_in), trainable=False),
+            "B0": ParamSpec((d_out, cfg.r), trainable=False),
+        }
+
+    def forward(self, x: Tensor, y: Tensor, base: Any) -> Tensor:
+        dA, dB, A0, B0 = self.dA, self.dB, self.A0.to(self.dA.dtype), self.B0.to(self.dB.dtype)
+        return y + low_rank(x, torch.cat([dA, A0]), torch.cat([B0 + dB, dB], dim=1), self.coeff * self.s)

@@ -1,0 +1,1 @@
+"""One file per method. Each registers itself; no other source file names one."""
