@@ -77,9 +77,7 @@ def bits_per_byte(model: torch.nn.Module, data: bytes, window: int) -> float:
     with torch.no_grad():
         for rows in tokens.unfold(0, window + 1, window).split(32):
             logits = model(input_ids=rows[:, :-1]).logits.float()
-            nats += torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
-            ).item()
+            nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
             counted += rows[:, 1:].numel()
     return nats / counted / math.log(2)
 
@@ -91,9 +89,7 @@ def main() -> None:
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(
-            hidden, lr=RECIPE["lr_muon"], weight_decay=RECIPE["weight_decay"], adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(hidden, lr=RECIPE["lr_muon"], weight_decay=RECIPE["weight_decay"], adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=RECIPE["lr_adamw"], betas=(0.9, 0.95), weight_decay=0.0),
     ]
 

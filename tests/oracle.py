@@ -37,9 +37,7 @@ def adapted(
     return model, handle.layers["o_proj"]
 
 
-def check_dense(
-    cfg: ll.AdapterConfig, oracle: Callable[[Any, Tensor, Tensor | None, float], Dense], **shape: Any
-) -> None:
+def check_dense(cfg: ll.AdapterConfig, oracle: Callable[[Any, Tensor, Tensor | None, float], Dense], **shape: Any) -> None:
     """Outputs, and gradients of every trainable tensor, equal those through W', b' = oracle(adapter, W, b, c).
 
     At random parameters, for several coefficients, in float64 and float32, with and without bias.

@@ -69,9 +69,7 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
         raise LoraLiteError(
             f"attach(model, {cfg!r}) needs a config.",
             expected="An AdapterConfig.",
-            fix=f"ll.attach(model, ll.config({cfg!r}))"
-            if isinstance(cfg, str)
-            else 'll.attach(model, ll.config("lora"))',
+            fix=f"ll.attach(model, ll.config({cfg!r}))" if isinstance(cfg, str) else 'll.attach(model, ll.config("lora"))',
         )
     cls = variant_of(cfg)
     refuse_wrapped(model)
@@ -113,9 +111,7 @@ def build(cls: type[Adapter], path: str, layer: nn.Module, cfg: AdapterConfig) -
         raise LoraLiteError(f"{path} (d_in={d_in}, d_out={d_out}): {error}") from error
 
 
-def statistics(
-    cls: type[Adapter], cfg: AdapterConfig, model: nn.Module, targets: dict[str, nn.Module], data: Any
-) -> Stats:
+def statistics(cls: type[Adapter], cfg: AdapterConfig, model: nn.Module, targets: dict[str, nn.Module], data: Any) -> Stats:
     """What the variant needs or wants, measured on the base model; refused where data is missing or would be ignored."""
     needed, wanted = cls.needs(cfg), cls.wants(cfg)
     if data is None:
@@ -157,9 +153,7 @@ def refuse_non_finite(adapters: dict[str, Adapter]) -> None:
     for path, adapter in adapters.items():
         for key, tensor in adapter.state_dict().items():
             if not tensor.isfinite().all():
-                raise LoraLiteError(
-                    f"{path}.{key} is not finite after init.", expected="A finite base weight and finite data."
-                )
+                raise LoraLiteError(f"{path}.{key} is not finite after init.", expected="A finite base weight and finite data.")
 
 
 def install(
@@ -167,9 +161,7 @@ def install(
 ) -> None:
     """Hang the filled adapters and freeze the base; undone whole when it is interrupted."""
     earlier = runtime.adapters(model)
-    flags = (
-        earlier[0].adapter.group.base_flags if earlier else {k: p.requires_grad for k, p in model.named_parameters()}
-    )
+    flags = earlier[0].adapter.group.base_flags if earlier else {k: p.requires_grad for k, p in model.named_parameters()}
     group = Group(name, cfg, flags)
     trainable = [] if earlier else [p for p in model.parameters() if p.requires_grad]
     try:

@@ -71,9 +71,7 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
             stacklevel=2,
         )
     tensors = {
-        f"{f.path}.{key}": tensor.detach().contiguous().cpu()
-        for f in found
-        for key, tensor in f.adapter.state_dict().items()
+        f"{f.path}.{key}": tensor.detach().contiguous().cpu() for f in found for key, tensor in f.adapter.state_dict().items()
     }
     group = found[0].adapter.group
     assert group is not None

@@ -134,9 +134,7 @@ def orth(V: Tensor) -> Tensor:
 def skew(q: Tensor, b: int) -> Tensor:
     """Skew matrices (n, b, b) with q (n, b(b-1)/2) above the diagonal, row by row, and -q below."""
     upper = torch.triu_indices(b, b, 1, device=q.device)
-    X = q.new_zeros(q.shape[0], b, b).index_put(
-        (torch.arange(q.shape[0], device=q.device)[:, None], upper[0], upper[1]), q
-    )
+    X = q.new_zeros(q.shape[0], b, b).index_put((torch.arange(q.shape[0], device=q.device)[:, None], upper[0], upper[1]), q)
     return X - X.mT
 
 

@@ -47,8 +47,7 @@ def effective(layer: nn.Module, adapters: list[Adapter]) -> tuple[Tensor, Tensor
     # Affine maps are linear in (x, y, b) up to a constant: the bias is left out of W' so that no digits cancel.
     constant = run(adapters, base, origin)
     columns = [
-        (run(adapters, base, basis) - constant).T
-        for basis in torch.eye(d_in, dtype=W.dtype, device=W.device).split(CHUNK)
+        (run(adapters, base, basis) - constant).T for basis in torch.eye(d_in, dtype=W.dtype, device=W.device).split(CHUNK)
     ]
     return torch.cat(columns, dim=1), run(adapters, DenseBase(W, bias), origin)[0], W
 

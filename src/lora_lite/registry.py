@@ -73,9 +73,7 @@ def validate(cls: type[Adapter]) -> None:
     """Raise LoraLiteError for the first part of the variant contract that the class breaks."""
 
     def refuse(fault: str, expected: str, fix: str) -> None:
-        raise LoraLiteError(
-            f"{cls.__module__}: {cls.__name__} cannot be registered: {fault}.", expected=expected, fix=fix
-        )
+        raise LoraLiteError(f"{cls.__module__}: {cls.__name__} cannot be registered: {fault}.", expected=expected, fix=fix)
 
     if not (isinstance(cls, type) and issubclass(cls, Adapter)):
         raise LoraLiteError(f"{cls!r} cannot be registered.", expected="A variant is a subclass of lora_lite.Adapter.")
@@ -105,8 +103,7 @@ def validate(cls: type[Adapter]) -> None:
             missing = [a for a in expected if a not in given]
             refuse(
                 f"{method}({', '.join(given)})",
-                f"The contract is {method}({', '.join(expected)})."
-                + (f" Missing: {', '.join(missing)}." if missing else ""),
+                f"The contract is {method}({', '.join(expected)})." + (f" Missing: {', '.join(missing)}." if missing else ""),
                 f"def {method}({', '.join(expected)}): ...",
             )
     declares = any(getattr(cls, m) is not getattr(Adapter, m) for m in ("needs", "wants"))
@@ -131,9 +128,7 @@ def discover() -> None:
         try:
             entry.load()
         except Exception as error:
-            warnings.warn(
-                f"variant plugin {entry.name} ({entry.value}) was left out: {error}", LoraLiteWarning, stacklevel=2
-            )
+            warnings.warn(f"variant plugin {entry.name} ({entry.value}) was left out: {error}", LoraLiteWarning, stacklevel=2)
 
 
 def names() -> list[str]:

@@ -91,9 +91,7 @@ def scale(model: nn.Module, coeff: float | Tensor, *, name: str | None = None) -
     if isinstance(coeff, Tensor):
         coeff = float(coeff) if coeff.ndim == 0 else coeff.detach() if not coeff.requires_grad else coeff
     elif isinstance(coeff, bool) or not isinstance(coeff, (int, float)):
-        raise LoraLiteError(
-            f"coeff={coeff!r} is no coefficient.", expected="A number or a tensor.", fix="ll.scale(model, 0.5)"
-        )
+        raise LoraLiteError(f"coeff={coeff!r} is no coefficient.", expected="A number or a tensor.", fix="ll.scale(model, 0.5)")
     else:
         coeff = float(coeff)
     if not torch.as_tensor(coeff).isfinite().all():
@@ -169,15 +167,7 @@ class LayerStatus:
 
     @property
     def state(self) -> str:
-        return (
-            "merged"
-            if self.merged
-            else "UNHOOKED"
-            if not self.hooked
-            else "fired"
-            if self.fired
-            else "dead or not run yet"
-        )
+        return "merged" if self.merged else "UNHOOKED" if not self.hooked else "fired" if self.fired else "dead or not run yet"
 
 
 @dataclass(frozen=True)

@@ -5,29 +5,12 @@ formula   y' = y + c s (B A - B0 A0) x,  A = A0 + dA,  B = B0 + dB
           and precise for small deviations where the difference of two products is not
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn import Parameter
 
-from .adapter import Adapter, Claims
-from .config import AdapterConfig
-from .errors import LoraLiteError
+from .annotations import Any, Float, Parameter, Tensor
+from .contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass
+from .limits import refuse_rank
 from .linalg import low_rank
-from .spec import ParamSpec
-
-
-def refuse_rank(r: int, d_in: int, d_out: int) -> None:
-    """Raise where r exceeds the smaller side of the layer."""
-    if r > min(d_in, d_out):
-        raise LoraLiteError(
-            f"r={r} is larger than the layer allows.",
-            expected=f"At most min(d_in, d_out) = {min(d_in, d_out)}.",
-            fix=f"r={min(d_in, d_out)}  # or rank_pattern={{'<layer>': {min(d_in, d_out)}}}",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +32,7 @@ class Twin(Adapter):
     B0: Float[Tensor, "o r"]
 
     @staticmethod
-    def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
+    def param_specs(d_in: int, d_out: int, cfg: Any) -> Specs:
         refuse_rank(cfg.r, d_in, d_out)
         return {
             "dA": ParamSpec((cfg.r, d_in), identity=0, decay=True),

@@ -88,13 +88,9 @@ def check_specs_are_declarative(cls: Variant, cfg: AdapterConfig) -> None:
             trained == {k: s.shape for k, s in specs.items() if s.trainable},
             f"parameters {trained} are not as declared",
         )
-        demand(
-            frozen == {k: s.shape for k, s in specs.items() if not s.trainable}, f"buffers {frozen} are not as declared"
-        )
+        demand(frozen == {k: s.shape for k, s in specs.items() if not s.trainable}, f"buffers {frozen} are not as declared")
         demand(all(p.ndim > 0 for p in adapter.parameters()), "a 0-d parameter")
-        demand(
-            not list(adapter.children()), "an adapter with child modules: another library would adapt or quantise them"
-        )
+        demand(not list(adapter.children()), "an adapter with child modules: another library would adapt or quantise them")
 
 
 def check_config_goes_to_json_and_back(cls: Variant, cfg: AdapterConfig) -> None:
@@ -317,9 +313,7 @@ def forbidden(cls: Variant) -> Any:
     from contextlib import ExitStack
 
     stack = ExitStack()
-    refuse = mock.Mock(
-        side_effect=AssertionError("load must not start: init, group_init or a factorization was called")
-    )
+    refuse = mock.Mock(side_effect=AssertionError("load must not start: init, group_init or a factorization was called"))
     for owner, name in ((cls, "init"), (cls, "group_init"), *((torch.linalg, n) for n in ("svd", "eigh", "qr"))):
         stack.enter_context(mock.patch.object(owner, name, refuse))
     return stack

@@ -13,33 +13,20 @@ cost      r (i + o) trained, none frozen (orthogonal: the same again); r (i + o)
 differs   the paper draws A Gaussian, its code and PEFT kaiming (our default); there is no dropout
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
-
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn import Parameter
 
-from ..adapter import Claims
-from ..config import AdapterConfig
+from ..annotations import Any, Float, Literal, Parameter, Tensor
+from ..contract import AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
+from ..limits import refuse_odd
 from ..linalg import low_rank
-from ..registry import register
-from ..spec import ParamSpec, kaiming, normal
+from ..spec import kaiming, normal
 from ..twin import Twin
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(AdapterConfig):
-    r: int = 8
     alpha: float | None = 16.0
     init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
-    lr: float = 1e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init == "orthogonal" and self.r % 2:
-            self.refuse("r", self.r, 'even with init="orthogonal"', fix=f"r={self.r + 1}")
 
 
 @register
@@ -51,22 +38,20 @@ class LoRA(Twin):
     B: Float[Parameter, "o r"]
 
     @staticmethod
-    def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:
+    def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> Specs:
         if cfg.init == "orthogonal":
+            refuse_odd("r", cfg.r)
             return Twin.param_specs(d_in, d_out, cfg)
-        start = kaiming if cfg.init == "kaiming" else normal(1 / cfg.r)
-        return {
-            "A": ParamSpec((cfg.r, d_in), start, identity=0, decay=True),
-            "B": ParamSpec((d_out, cfg.r), identity=0, decay=True),
-        }
+        A = ParamSpec((cfg.r, d_in), kaiming if cfg.init == "kaiming" else normal(1 / cfg.r), identity=0, decay=True)
+        return {"A": A, "B": ParamSpec((d_out, cfg.r), identity=0, decay=True)}
 
-    def init(self, W: Tensor) -> None:
+    def init(self, W: Float[Tensor, "o i"]) -> None:
         if self.cfg.init == "orthogonal":
             Q = torch.linalg.qr(torch.randn(self.cfg.r, self.cfg.r)).Q
             self.A0.copy_((torch.randn(self.d_in, self.cfg.r // 2) @ Q[0::2]).T / 10)
             self.B0.copy_((Q[1::2].T @ torch.randn(self.cfg.r // 2, self.d_out)).T / 10)
 
-    def forward(self, x: Tensor, y: Tensor, base: Any) -> Tensor:
+    def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
         if self.cfg.init == "orthogonal":
             return super().forward(x, y, base)
         return y + low_rank(x, self.A, self.B, self.coeff * self.s)
