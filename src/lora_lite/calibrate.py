@@ -3,6 +3,7 @@
 A statistic is a sum over kept tokens, accumulated in float64 from float32 (or better) products of one batch:
 
     n          number of tokens                          (1,)
+    calls      number of calls of the layer with tokens  (1,)
     x_tr       sum |x|^2                                 (1,)
     x_abs      sum |x_j|                                 (i,)
     x_sq       sum x_j^2                                 (i,)
@@ -12,8 +13,9 @@ A statistic is a sum over kept tokens, accumulated in float64 from float32 (or b
     y_moment   sum (y - b)(y - b)^T                      (o, o)
     yx_moment  sum (y - b) x^T                           (o, i)
 
-`NAME/last` sums over the last kept token of each row only; `NAME:positive` and `NAME:negative` over the batches of that label,
-for data given as {"positive": batches, "negative": batches}. Example: "y_sum/last:positive".
+`NAME/last` sums over the last kept token of each row only; `NAME/call` after x and y - b of each call were divided by |max x|,
+so that calls count alike whatever their scale; `NAME:positive` and `NAME:negative` over the batches of that label, for data
+given as {"positive": batches, "negative": batches}. Example: "y_sum/last:positive".
 """
 
 import contextlib
@@ -29,6 +31,7 @@ from .targets import dense_weight
 LABELS = ("positive", "negative")
 STATISTICS: dict[str, Any] = {
     "n": lambda x, y: x.new_tensor([len(x)]),
+    "calls": lambda x, y: x.new_ones(1) if len(x) else x.new_zeros(1),
     "x_tr": lambda x, y: x.square().sum()[None],
     "x_abs": lambda x, y: x.abs().sum(0),
     "x_sq": lambda x, y: x.square().sum(0),
@@ -59,17 +62,17 @@ class Weights(Mapping[str, Tensor]):
 Stats = dict[str, Mapping[str, Tensor]]
 
 
-def parse(name: str) -> tuple[str, bool, str | None]:
-    """(statistic, last token only, label) of a name. Raises LoraLiteError for a statistic that does not exist."""
+def parse(name: str) -> tuple[str, str, str | None]:
+    """(statistic, "" or "last" or "call", label) of a name. Raises LoraLiteError for a statistic that does not exist."""
     statistic, _, label = name.partition(":")
     statistic, _, position = statistic.partition("/")
-    if statistic not in STATISTICS or position not in ("", "last") or label not in ("", *LABELS):
+    if statistic not in STATISTICS or position not in ("", "last", "call") or label not in ("", *LABELS):
         raise LoraLiteError(
             f"There is no statistic {name!r}.",
-            expected="<statistic>[/last][:positive|:negative].",
+            expected="<statistic>[/last|/call][:positive|:negative].",
             found=closest(statistic, STATISTICS),
         )
-    return statistic, position == "last", label or None
+    return statistic, position, label or None
 
 
 def labelled(data: Any) -> dict[str | None, Iterable[Any]]:
@@ -82,14 +85,17 @@ def labelled(data: Any) -> dict[str | None, Iterable[Any]]:
                     expected="A contrast needs samples of both classes.",
                     fix='calibration_data={"positive": batches, "negative": other_batches}',
                 )
-        return dict(data)
-    if isinstance(data, (Mapping, Tensor)) or not isinstance(data, Iterable):
-        raise LoraLiteError(
-            f"calibration_data is a {type(data).__name__}.",
-            expected='An iterable of batches, or {"positive": batches, "negative": batches}.',
-            fix="calibration_data=[batch]",
-        )
-    return {None: data}
+        parts: dict[str | None, Any] = dict(data)
+    else:
+        parts = {None: data}
+    for label, batches in parts.items():
+        if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
+            raise LoraLiteError(
+                f"calibration_data{f'[{label!r}]' if label else ''} is a {type(batches).__name__}.",
+                expected='An iterable of batches, or {"positive": batches, "negative": batches}.',
+                fix="calibration_data=[batch]",
+            )
+    return parts
 
 
 def run_batch(model: nn.Module, batch: Any) -> None:
@@ -139,6 +145,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 products without autocast and TF32, whose 8 and 10 bits would be the accuracy of the sums."""
+    matmul = torch.backends.cuda.matmul
+    setting, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, setting)
+    setattr(matmul, setting, exact)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        setattr(matmul, setting, before)
+
+
 def measure(model: nn.Module, layers: dict[str, nn.Module], wanted: Iterable[str], data: Any) -> Stats:
     """Stream the data once through the base model; {name: {path: sum}} in float64 for the wanted statistics.
 
@@ -164,21 +184,24 @@ def measure(model: nn.Module, layers: dict[str, nn.Module], wanted: Iterable[str
         mask = state["mask"]
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         chosen = {}
-        for name, (statistic, last, label) in requests.items():
+        for name, (statistic, position, label) in requests.items():
             if label is not None and label != state["label"]:
                 continue
-            if last not in chosen:
-                rows = kept_rows(path, x.shape, mask, last).to(x.device)
+            if position not in chosen:
+                rows = kept_rows(path, x.shape, mask, position == "last").to(x.device)
                 wide = torch.promote_types(torch.float32, x.dtype)
-                seen = flat_y[rows].to(wide)
-                chosen[last] = flat_x[rows].to(wide), seen if layer.bias is None else seen - layer.bias.to(wide)
-                if not all(t.isfinite().all() for t in chosen[last]):
+                kept, seen = flat_x[rows].to(wide), flat_y[rows].to(wide)
+                seen = seen if layer.bias is None else seen - layer.bias.to(wide)
+                unit = kept.max().abs() if position == "call" and len(kept) else 1
+                chosen[position] = kept / unit, seen / unit
+                if not all(t.isfinite().all() for t in chosen[position]):
                     raise LoraLiteError(
                         f"{path} has activations that are not finite on calibration data.",
                         expected="Statistics need finite numbers.",
                         fix="model.float()  # or look for overflow in the batches",
                     )
-            value = STATISTICS[statistic](*chosen[last]).double()
+            with full_precision(x.device):
+                value = STATISTICS[statistic](*chosen[position]).double()
             sums[name][path] = sums[name][path] + value if path in sums[name] else value
 
     handles = [

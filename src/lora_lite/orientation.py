@@ -36,7 +36,7 @@ def oriented_left_svd(
 ) -> tuple[Tensor, Tensor]:
     """The r leading (or smallest) left singular vectors of W M^(1/2): U (o, r) orthonormal, S (r,) descending, on W's device.
 
-    W          (o, i), r at most its shorter side; U lies in the column space of W
+    W          (o, i), r at most its shorter side; where W has full rank, U lies in its column space
     damp       d = damp tr(C) / i
     call_norm  every call's activations divided by |max x|, the mean taken over calls instead of tokens
     """
