@@ -69,7 +69,8 @@ def library_prose(packages: tuple[str, ...]) -> dict[str, str]:
     documents = {}
     for package in packages:
         spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.origin is not None, f"{package} is not installed: pip install {package}"
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"{package} is not installed: pip install {package}")
         for name, path in modules(Path(spec.origin).parent):
             with contextlib.suppress(SyntaxError):  # a file written for a newer Python
                 documents[f"{package}.{name}"] = docstrings(path.read_text("utf-8", errors="replace"))
