@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from .config import AdapterConfig
 from .errors import LoraLiteError, LoraLiteWarning, closest, some
 
-READERS = "q_proj k_proj v_proj qkv_proj query key value c_attn gate_proj up_proj gate_up_proj fc1 c_fc w1 w3 wq wk wv in_proj".split()
+READERS = (
+    "q_proj k_proj v_proj qkv_proj query key value c_attn wq wk wv gate_proj up_proj gate_up_proj fc1 c_fc w1 w3 in_proj"
+).split()
 WRITERS = "o_proj out_proj down_proj fc2 w2 wo c_proj dense_4h_to_h".split()
 
 
@@ -91,7 +93,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise where hooks would go unseen or ranks would drift: compiled, sharded or replicated models."""
-    order = "attach first, then compile, fully_shard or DistributedDataParallel:\n    ll.attach(model, cfg); model = torch.compile(model)"
+    order = "ll.attach(model, cfg); model = torch.compile(model)  # the same order for fully_shard and DDP"
     for path, module in model.named_modules():
         compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         wrapped = type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel")
