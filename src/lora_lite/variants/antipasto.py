@@ -1,0 +1,40 @@
+"""AntiPaSTO gain: one trained factor per singular direction of the layer's output.
+
+paper     Clark 2026, arXiv:2601.07473 (the family: a frozen singular basis, bounded trained cores); the gain core is not in it
+code      wassname/lora-lite, variants/antipasto.py; wassname/AntiPaSTO
+formula   y' = y + U (ELU(c g) h),  h = U^T (y - b);  U (o, r) frozen with orthonormal columns, g (r,) trained, c = coeff:
+          the coordinates h of the output are multiplied by exp(c g) where c g <= 0 and by 1 + c g above
+start     g = 0; U by `basis`, sigma_k = |W^T u_k|
+coeff     multiplies g inside the ELU; -1 strengthens what 1 weakens, but is not its inverse
+identity  exact: ELU(0) = 0
+invariant factors are positive; components of y outside span(U) stay; suppress_only and c >= 0: |y' - b| <= |y - b|
+cost      r trained, o r + r frozen; 2 o r + r multiply-adds per token; one eigendecomposition per layer at attach
+differs   the reference cuts U U^T W out of the stored weight and puts it back as U diag(S f) V^T; this is the same map of y.
+          sigma is kept for inspection only. suppress_only, damp and every basis but svd are additions
+"""
+
+from ..annotations import Float, Parameter, Tensor
+from ..contract import ParamSpec, Specs, dataclass, register
+from ..subspace import OutputSubspace, SubspaceConfig, gain
+
+
+@dataclass(frozen=True, kw_only=True)
+class AntiPaSTOConfig(SubspaceConfig):
+    """suppress_only: g acts as min(g, 0)."""
+
+    suppress_only: bool = False
+
+
+@register
+class AntiPaSTO(OutputSubspace):
+    Config = AntiPaSTOConfig
+
+    g: Float[Parameter, " r"]
+    sigma: Float[Tensor, " r"]
+
+    @staticmethod
+    def core_specs(cfg: AntiPaSTOConfig) -> Specs:
+        return {"g": ParamSpec((cfg.r,), identity=0, decay=True), "sigma": ParamSpec((cfg.r,), trainable=False)}
+
+    def core(self, h: Float[Tensor, "... r"]) -> Float[Tensor, "... r"]:
+        return gain(self.coeff, self.g, self.cfg.suppress_only) * h
