@@ -187,7 +187,7 @@ def card(cls: type[Adapter]) -> dict[str, str]:
     lines = text.splitlines()
     fields, current = {"title": lines[0] if lines else ""}, None
     for line in lines[1:]:
-        start = re.match(r"(\w+)\s{2,}(\S.*)", line)
+        start = re.match(r"(\w+)\s+(\S.*)", line)
         if start and start[1] in CARD_FIELDS:
             current, line = start[1], start[2]
             fields[current] = ""

@@ -39,7 +39,7 @@ def test_change_does_not_depend_on_the_bias():
     x = toy.inputs(5, 24, dtype=torch.float64)
     changes = []
     for offset in (0.0, 100.0):
-        model, adapter = adapted(ll.LoRAConfig(r=4))
+        model, _adapter = adapted(ll.LoRAConfig(r=4))
         with torch.no_grad():
             model.o_proj.bias.add_(offset)
         changed = model(x)

@@ -1,0 +1,114 @@
+"""python -m lora_lite list | show NAME | inspect FILE | check NAME | new NAME"""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from importlib import resources
+from pathlib import Path
+
+from . import registry
+from .errors import LoraLiteError
+from .io import read
+
+
+def list_variants(_: argparse.Namespace) -> None:
+    for name in registry.names():
+        print(f"{name:20} {registry.card(registry.get(name))['title'].partition(': ')[2] or registry.get(name).__name__}")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """The card of a variant: docstring fields, options with defaults, needed statistics."""
+    cls = registry.get(arguments.name)
+    card = registry.card(cls)
+    print(card.pop("title"))
+    for field, text in card.items():
+        print(f"  {field:10} {text}")
+    print("options")
+    for field in dataclasses.fields(cls.Config):
+        print(f"  {field.name:16} {getattr(cls.Config(), field.name)!r}")
+    if needed := cls.needs(cls.Config()):
+        print(f"calibration data is needed for: {', '.join(needed)}")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """What a checkpoint holds, without a model."""
+    header, tensors = read(arguments.file)
+    for field in ("variant", "name", "version"):
+        print(f"{field:10} {header[field]}")
+    print(f"{'config':10} {header['config']}")
+    print(f"{'written by':10} {', '.join(f'{k} {v}' for k, v in json.loads(header['versions']).items())}")
+    print(f"{'tensors':10} {len(tensors)} on {len(json.loads(header['layers']))} layers")
+    for key, tensor in tensors.items():
+        print(f"  {key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    from .testing import checks
+
+    broken = 0
+    for promise in checks(arguments.name):
+        try:
+            promise()
+            print(f"  holds   {promise}")
+        except AssertionError as error:
+            broken += 1
+            print(f"  BROKEN  {promise}: {error}")
+    if broken:
+        sys.exit(1)
+
+
+def new(arguments: argparse.Namespace) -> None:
+    """Write a variant file, its fidelity test and its review page; refuses to write over anything."""
+    name = arguments.name
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise LoraLiteError(
+            f"A variant cannot be called {name!r}.", expected="Lower-case letters, digits, underscores.", fix="new mine"
+        )
+    if name in registry.names():
+        raise LoraLiteError(f"There is a variant {name!r} already.", fix=f"python -m lora_lite show {name}")
+    places = {
+        "variant.py.txt": arguments.folder / f"{name}.py",
+        "test.py.txt": arguments.tests / f"test_{name}.py",
+        "review.md.txt": arguments.reviews / f"{name}.md",
+    }
+    for place in places.values():
+        if place.exists():
+            raise LoraLiteError(f"{place} exists.", expected="Nothing is written over.", fix=f"rm {place}")
+    words = {"name": name, "Class": "".join(part.capitalize() for part in name.split("_"))}
+    for template, place in places.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text((resources.files(__package__) / "templates" / template).read_text().format(**words))
+        print(f"wrote {place}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="lora_lite", description="Adapters for frozen PyTorch models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, text: str, *positional: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        for word in positional:
+            sub.add_argument(word)
+        sub.set_defaults(run=run)
+        return sub
+
+    command("list", list_variants, "names and one line of every registered variant")
+    command("show", show, "formula, start, cost and options of a variant", "name")
+    command("inspect", inspect, "variant, config and tensors of a checkpoint", "file")
+    command("check", check, "run the conformance suite on a variant", "name")
+    writer = command("new", new, "write a variant file, its test and its review page from templates", "name")
+    writer.add_argument("--folder", type=Path, default=Path("src/lora_lite/variants"))
+    writer.add_argument("--tests", type=Path, default=Path("tests/fidelity"))
+    writer.add_argument("--reviews", type=Path, default=Path("docs/reviews"))
+    arguments = parser.parse_args()
+    try:
+        arguments.run(arguments)
+    except LoraLiteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
