@@ -1,0 +1,60 @@
+"""CorDA: LoRA started on the directions of W that calibration data uses most (ipm) or least (kpm).
+
+paper     Yang et al. 2024, arXiv:2406.05223, sec. 3: SVD(W C) C^-1
+code      iboing/CorDA, cordalib/decomposition.py; huggingface/peft, tuners/lora/corda.py
+formula   y' = y + c s (B A - B0 A0) x,  A = A0 + dA (r, i),  B = B0 + dB (o, r);  dA, dB trained, s = alpha / r, c = coeff
+start     W C = U S V^T with C = E[x x^T] + d I, d = damp E|x|^2 / i (full), or W C^(1/2) = U S V^T (sqrt); of U the r columns
+          of largest S (ipm) or smallest (kpm). As S V^T C^-1 = U^T W: B0 = U sqrt(q / s), A0 = U^T W / sqrt(s q), without an
+          inverse; q = S, at least 1e-6 of the largest (paper), or the row norms of U^T W (balanced). dA = dB = 0
+coeff     scales the update; -1 reverses it
+identity  exact: B A - B0 A0 = B dA + dB A0, and dA = dB = 0
+invariant rank(W' - W) <= 2r; s B0 A0 = U U^T W, whatever the split, alpha and the scale of the data
+cost      r (i + o) trained, as many frozen; 2 r (i + o) multiply-adds per token; at attach a moment of o i (sqrt: o^2) numbers
+differs   the paper replaces W by W - B0 A0, we subtract the frozen product. Means are over tokens; call_norm: over calls, each
+          divided by |max x|, as in PEFT, which also doubles damp for a poor inverse. "sqrt" and "balanced" are ours
+"""
+
+import torch
+
+from ..annotations import Any, Literal
+from ..calibrate import require_tokens
+from ..contract import dataclass, register
+from ..orientation import oriented_left_svd, required
+from ..twin import Twin, TwinConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorDAConfig(TwinConfig):
+    r: int = 128
+    method: Literal["ipm", "kpm"] = "ipm"
+    metric: Literal["full", "sqrt"] = "full"
+    split: Literal["paper", "balanced"] = "paper"
+    damp: float = 0.01
+    call_norm: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.damp < 0:
+            self.refuse("damp", self.damp, "at least 0")
+
+
+@register
+class CorDA(Twin):
+    Config = CorDAConfig
+
+    @staticmethod
+    def needs(cfg: Any) -> tuple[str, ...]:
+        return required(cfg.metric, cfg.call_norm)
+
+    @staticmethod
+    def group_init(adapters: Any, stats: Any, cfg: Any) -> None:
+        for path, a in adapters.items():
+            require_tokens(stats, path, a.cfg.r, "r directions")
+            W, last = stats["weight"][path], cfg.method == "kpm"
+            U, S = oriented_left_svd(cfg.metric, stats, path, W, min(W.shape), cfg.damp, last, cfg.call_norm)
+            kept = slice(-a.cfg.r, None) if last else slice(a.cfg.r)
+            U, S = U[:, kept].to(W.dtype), S.clamp(min=1e-6 * S[0])[kept].to(W.dtype)
+            P = U.T @ W
+            q = S if cfg.split == "paper" else P.norm(dim=1)
+            a.A0.copy_(torch.where(q > 0, q, 1.0).rsqrt()[:, None] * P / a.s**0.5)
+            a.B0.copy_(U * (q / a.s).sqrt())
