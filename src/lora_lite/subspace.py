@@ -15,8 +15,8 @@ from .annotations import Any, Float, Literal, Parameter, Tensor
 from .calibrate import LABELS, Stats, require_tokens
 from .contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass
 from .errors import LoraLiteError
-from .limits import refuse_rank
-from .linalg import box, left_svd, lin, orth, top_eigenvectors, without_bias
+from .limits import refuse_indivisible, refuse_rank
+from .linalg import bounded, box, cayley_shift, left_svd, lin, orth, skew, top_eigenvectors, without_bias
 from .orientation import oriented_left_svd, required
 from .spec import normal
 
@@ -243,3 +243,19 @@ def along(t: Float[Tensor, "... o"], D: Float[Tensor, "o k"], strength: Tensor) 
 def gain(coeff: Any, g: Float[Tensor, " r"], suppress_only: bool) -> Float[Tensor, "... r"]:
     """f - 1 of the factors f = exp(c g) for c g <= 0, 1 + c g above; suppress_only holds g at 0 or below."""
     return F.elu(coeff * (box(g, -math.inf, 0.0) if suppress_only else g))
+
+
+def angles(cfg: Any) -> ParamSpec:
+    """Of one side's rotations: r / block_size skew matrices by their entries above the diagonal, about radians."""
+    b, most = cfg.block_size, cfg.max_angle
+    if b < 2:
+        cfg.refuse("block_size", b, "2 or more: one direction has nothing to turn to")
+    if most is not None and not 0 < most < math.pi:
+        cfg.refuse("max_angle", most, "above 0 and below pi, in radians, or None")
+    refuse_indivisible("block_size", b, cfg.r)
+    return ParamSpec((cfg.r // b, b * (b - 1) // 2), identity=0, decay=True)
+
+
+def rotation(theta: Float[Parameter, "n m"], c: float, b: int, max_angle: float | None) -> Float[Tensor, "n b b"]:
+    """R - I of the Cayley rotations of c X, X = skew(theta) / 2 bounded: for b = 2 an angle of 2 arctan(c theta / 2)."""
+    return cayley_shift(c * bounded(skew(theta, b) / 2, max_angle))
