@@ -35,10 +35,16 @@ def per_value(coeff: float | Tensor, z: Tensor, change: Callable[[float, Tensor]
     """`change(c, z)` for a float; for a tensor of coefficients, once per distinct value, each sample taking its own.
 
     For maps that are not linear in the coefficient, such as the Cayley transform. coeff: aligned with z, last axes 1.
-    Raises LoraLiteError above 16 distinct values.
+    Raises LoraLiteError above 16 distinct values, and for a coefficient that is to be trained: values have no gradient.
     """
     if not isinstance(coeff, Tensor):
         return change(coeff, z)
+    if coeff.requires_grad:
+        raise LoraLiteError(
+            "The coefficient tensor requires a gradient.",
+            expected="This variant evaluates its map once per value, and values carry no gradient.",
+            fix="coeff = coeff.detach()",
+        )
     values = coeff.unique().tolist()
     if len(values) > MOST_VALUES:
         raise LoraLiteError(
@@ -152,6 +158,7 @@ def bounded(X: Tensor, max_angle: float | None) -> Tensor:
     """
     if max_angle is None:
         return X
+    X = X.to(torch.promote_types(X.dtype, torch.float32))  # in bfloat16 rounding alone breaks the bound
     t = math.tan(max_angle / 2)
     return X / (1 + X.square().sum((-2, -1), keepdim=True) / (2 * t * t)).sqrt()
 
@@ -176,7 +183,8 @@ def reflections(V: Tensor) -> tuple[Tensor, Tensor]:
     e = d.square().sum(1) / 2
     half = torch.full_like(e, 0.5)
     diagonal = torch.stack([torch.stack([half, 0.5 - e], -1), torch.stack([-half, e], -1)], -2)
-    gram = (P @ P.T).unflatten(0, (pairs, 2)).unflatten(2, (pairs, 2)).transpose(1, 2)
+    with torch.autocast(V.device.type, enabled=False):  # a Gram matrix in bfloat16 costs orthogonality
+        gram = (P @ P.T).unflatten(0, (pairs, 2)).unflatten(2, (pairs, 2)).transpose(1, 2)
     above = torch.ones(pairs, pairs, dtype=V.dtype, device=V.device).triu(1)[..., None, None]
     eye = torch.eye(pairs, dtype=V.dtype, device=V.device)[..., None, None]
     K = (gram * above + diagonal[:, None] * eye).transpose(1, 2).flatten(2).flatten(0, 1)

@@ -1,0 +1,346 @@
+"""Shared linear algebra against explicit dense products in float64, at random values."""
+
+import math
+
+import pytest
+import torch
+
+import lora_lite as ll
+from lora_lite import linalg
+from lora_lite.testing import toy
+from lora_lite.testing.checks import error
+
+T64 = 1e-12
+
+
+def random(*shape, seed=1, dtype=torch.float64):
+    return toy.inputs(*shape, seed=seed, dtype=dtype)
+
+
+def skew_by_hand(q, b):
+    """Row by row above the diagonal, from the convention alone."""
+    X = torch.zeros(len(q), b, b, dtype=q.dtype)
+    for block in range(len(q)):
+        numbers = iter(q[block])
+        for row in range(b):
+            for column in range(row + 1, b):
+                X[block, row, column] = next(numbers)
+                X[block, column, row] = -X[block, row, column]
+    return X
+
+
+def householder_product(V):
+    eye = torch.eye(V.shape[1], dtype=torch.float64)
+    Q = eye
+    for v in V.double():
+        Q = Q @ (eye - 2 * torch.outer(v, v) / (v @ v))
+    return Q
+
+
+def split_pairs(r, i, split, dtype=torch.float64):
+    """Adjacent rows that differ by `split` of their size."""
+    V = random(r // 2, i).repeat_interleave(2, dim=0)
+    V[1::2] += split * random(r // 2, i, seed=2)
+    return V.to(dtype)
+
+
+def angles(N):
+    """Largest eigen-angle of I + N."""
+    return torch.linalg.eigvals(N.double() + torch.eye(N.shape[-1])).angle().abs().max()
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.3, random(4, 1, 1, seed=9)])
+def test_low_rank_is_the_scaled_dense_product(scale):
+    x, A, B = random(4, 5, 12), random(3, 12, seed=2), random(7, 3, seed=3)
+    assert error(linalg.low_rank(x, A, B, scale), scale * (x @ (B @ A).T)) < T64
+
+
+def test_products_run_in_the_dtype_of_the_activations():
+    x, A, B = random(4, 12, dtype=torch.bfloat16), random(3, 12), random(7, 3, seed=3)
+    got = linalg.low_rank(x, A, B, 0.5)
+    assert got.dtype is torch.bfloat16
+    assert error(got, 0.5 * x.double() @ (B @ A).T) < 0.02
+
+
+def test_without_bias():
+    y, bias = random(5, 7), random(7, seed=2)
+    assert torch.equal(linalg.without_bias(y, bias), y - bias)
+    assert linalg.without_bias(y, None) is y
+
+
+# --- one map per coefficient ------------------------------------------------------------------------------------------
+
+
+def test_per_value_hands_a_float_through():
+    z = random(3, 4)
+    assert torch.equal(linalg.per_value(0.5, z, lambda c, z: c * c * z), 0.25 * z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 1, 1), (6, 2, 1)])
+def test_per_value_gives_each_sample_its_own(shape, dtype):
+    coeff = torch.tensor([0.0, 0.5, -0.7, 0.5, 0.1, 2.0])[:, None, None].expand(shape).to(dtype)
+    z = random(6, 2, 4)
+    calls = []
+
+    def change(c, z):
+        calls.append(c)
+        return c * c * z
+
+    assert error(linalg.per_value(coeff, z, change), coeff.double() ** 2 * z) < T64
+    assert sorted(calls) == sorted(set(coeff[coeff != 0].tolist()))
+
+
+def test_per_value_is_exactly_zero_where_the_coefficient_is():
+    z = torch.full((2, 3), 1e30)
+    got = linalg.per_value(torch.tensor([[0.0], [1.0]]), z, lambda c, z: z * torch.inf)
+    assert not got[0].any()
+    assert got[1].isinf().all()
+
+
+def test_per_value_carries_gradients_of_z_and_parameters():
+    z, q = random(3, 8).requires_grad_(), random(2, 6, seed=2).requires_grad_()
+    coeff = torch.tensor([[0.0], [0.5], [-1.0]])
+
+    def turned(z, q):
+        return linalg.per_value(coeff, z, lambda c, z: linalg.block_product(z, linalg.cayley_shift(c * linalg.skew(q, 4))))
+
+    assert torch.autograd.gradcheck(turned, (z, q))
+
+
+def test_per_value_refuses_many_values_and_trained_ones():
+    z = random(17, 4)
+    with pytest.raises(ll.LoraLiteError, match="17 distinct values"):
+        linalg.per_value(torch.arange(17.0)[:, None], z, lambda c, z: z)
+    with pytest.raises(ll.LoraLiteError, match="requires a gradient"):
+        linalg.per_value(torch.ones(17, 1, requires_grad=True), z, lambda c, z: z)
+
+
+# --- rotations --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 8])
+def test_skew_puts_the_numbers_above_the_diagonal_row_by_row(b):
+    q = random(3, b * (b - 1) // 2)
+    X = linalg.skew(q, b)
+    assert torch.equal(X, skew_by_hand(q, b))
+    assert torch.equal(X, -X.mT)
+    if b > 1:
+        assert torch.autograd.gradcheck(lambda q: linalg.skew(q, b), q.requires_grad_())
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("b", [2, 8, 32])
+def test_cayley_is_the_rotation_of_the_definition(b, size):
+    X = size * skew_by_hand(random(3, b * (b - 1) // 2), b)
+    eye = torch.eye(b, dtype=torch.float64)
+    N = linalg.cayley_shift(X)
+    R = eye + N
+    assert error(R, torch.inverse(eye - X) @ (eye + X)) < T64
+    assert error(R, (eye + X) @ torch.inverse(eye - X)) < T64
+    assert error(R @ R.mT, eye.expand(3, b, b)) < T64
+    assert error(torch.linalg.det(R), torch.ones(3)) < T64
+    assert error(linalg.cayley_shift(-X), N.mT) < T64
+    assert abs(angles(N) - 2 * torch.atan(torch.linalg.matrix_norm(X, ord=2).max())) < 1e-9
+
+
+def test_cayley_of_zero_is_exactly_zero_and_bfloat16_is_solved_in_float32():
+    assert not linalg.cayley_shift(torch.zeros(2, 4, 4)).any()
+    assert linalg.cayley_shift(torch.zeros(2, 4, 4, dtype=torch.bfloat16)).dtype is torch.float32
+
+
+def test_small_rotations_keep_their_digits():
+    q = 1e-5 * random(4, 28)
+    want = linalg.cayley_shift(linalg.skew(q, 8))
+    eye = torch.eye(8)
+    X = linalg.skew(q.float(), 8)
+    assert (linalg.cayley_shift(X).double() - want).norm() < 1e-6 * want.norm()
+    assert ((torch.linalg.solve(eye - X, eye + X) - eye).double() - want).norm() > 1e-5 * want.norm()  # R, then R - I
+    z = random(6, 32, dtype=torch.bfloat16)
+    got = linalg.block_product(z, linalg.cayley_shift(X)).double()
+    exact = linalg.block_product(z.double(), want)
+    assert (got - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_cayley_gradients(size):
+    q = (size * random(2, 6)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: linalg.cayley_shift(linalg.skew(q, 4)), q)
+
+
+def test_block_product_is_the_product_with_a_block_diagonal_matrix():
+    z, N = random(3, 5, 12), random(3, 4, 4, seed=2)
+    assert error(linalg.block_product(z, N), z @ torch.block_diag(*N)) < T64
+    assert linalg.block_product(z.bfloat16(), N).dtype is torch.bfloat16
+    assert torch.autograd.gradcheck(linalg.block_product, (random(2, 4).requires_grad_(), random(2, 2, 2).requires_grad_()))
+
+
+# --- bounded angles ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("b", [2, 4, 8, 64])
+def test_no_angle_exceeds_the_bound(b, dtype):
+    for size in (0.01, 1.0, 1e3, 1e6):
+        q = (size * random(3, b * (b - 1) // 2)).to(dtype)
+        assert angles(linalg.cayley_shift(linalg.bounded(linalg.skew(q, b), 0.5))) <= 0.5 + 1e-6
+
+
+def test_the_bound_is_reached_in_the_limit_and_none_is_no_bound():
+    X = linalg.skew(torch.tensor([[1e6]], dtype=torch.float64), 2)
+    assert angles(linalg.cayley_shift(linalg.bounded(X, 0.5))) > 0.4999
+    assert linalg.bounded(X, None) is X
+    assert angles(linalg.cayley_shift(X)) > 3.1
+
+
+def test_bound_scales_each_block_by_its_own_norm():
+    X, t = linalg.skew(random(3, 6), 4), math.tan(0.25)
+    for block, got in zip(X, linalg.bounded(X, 0.5), strict=True):
+        assert error(got, block / math.sqrt(1 + block.norm().item() ** 2 / (2 * t * t))) < T64
+
+
+def test_bound_leaves_small_rotations_and_gradients_at_zero_alone():
+    X = linalg.skew(1e-6 * random(3, 6), 4)
+    assert ((linalg.bounded(X, 0.5) - X).norm() / X.norm()) < 1e-9
+    for size in (0.0, 1.0):
+        q = (size * random(2, 6)).requires_grad_()
+        assert torch.autograd.gradcheck(lambda q: linalg.bounded(linalg.skew(q, 4), 0.5), q)
+    q = torch.zeros(1, 6, dtype=torch.float64)
+    slope = torch.autograd.functional.jacobian(lambda q: linalg.bounded(linalg.skew(q, 4), 0.5)[0, 0, 1:], q)
+    assert error(slope[:, 0], torch.eye(6)[:3]) < T64
+
+
+# --- reflections ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [None, 1e-3, 0.0])
+@pytest.mark.parametrize("r", [2, 8, 64])
+def test_reflections_are_the_product_in_order(r, split):
+    V = random(r, 96) if split is None else split_pairs(r, 96, split)
+    P, M = linalg.reflections(V)
+    Q = torch.eye(96) - P.T @ M @ P
+    assert error(Q, householder_product(V)) < T64
+    assert error(Q @ Q.T, torch.eye(96)) < T64
+    assert abs(torch.linalg.det(Q) - 1) < 1e-10
+    assert abs(torch.linalg.det(M).log2() - r) < 1e-9
+    if split is None and r > 2:
+        assert error(Q, householder_product(V.flip(0))) > 0.1
+
+
+def test_reflections_in_float32():
+    V = random(64, 512, dtype=torch.float32)
+    P, M = linalg.reflections(V)
+    assert error(-P.T @ M @ P, householder_product(V) - torch.eye(512)) < 2e-6
+    assert linalg.reflections(V.bfloat16())[1].dtype is torch.float32
+
+
+@pytest.mark.parametrize("r", [2, 4, 8, 16, 32, 64])
+def test_equal_pairs_cancel_exactly(r):
+    for seed in range(20):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            P, M = linalg.reflections(random(r // 2, 80, seed=seed, dtype=dtype).repeat_interleave(2, dim=0))
+            x = random(3, 80, dtype=dtype)
+            assert not linalg.low_rank(x, M @ P, P.T).any()
+            assert not linalg.lin(linalg.lin(linalg.lin(x, P), M), P.T).any()
+
+
+@pytest.mark.parametrize("split", [1.0, 1e-2, 0.0])
+def test_reflection_gradients(split):
+    def shift(V):
+        P, M = linalg.reflections(V)
+        return P.T @ M @ P
+
+    assert torch.autograd.gradcheck(shift, split_pairs(4, 5, split).requires_grad_())
+
+
+def test_identical_and_vanishing_rows_are_finite():
+    V = random(1, 12, dtype=torch.float32).expand(8, -1).clone().requires_grad_()
+    P, M = linalg.reflections(V)
+    (P.T @ M @ P).square().sum().backward()
+    assert error(P.T @ M @ P, torch.zeros(12, 12)) < 1e-5
+    assert V.grad.isfinite().all()
+    rows = random(4, 12)
+    rows[1] = 0  # reflects along nothing
+    P, M = linalg.reflections(rows)
+    assert error(torch.eye(12) - P.T @ M @ P, householder_product(rows[[0, 2, 3]])) < T64
+
+
+def test_pairs_that_are_nearly_equal_survive_bfloat16():
+    V = split_pairs(8, 512, 1e-3, torch.float32)
+    x = random(32, 512, dtype=torch.bfloat16)
+    want = x.double() @ (torch.eye(512) - householder_product(V)).T
+    P, M = linalg.reflections(V)
+    assert (linalg.low_rank(x, M @ P, P.T).double() - want).norm() < 0.01 * want.norm()
+
+
+def test_parameter_products_stay_in_float32_under_autocast():
+    V = random(8, 66, dtype=torch.float32)
+
+    def rotation():
+        return linalg.cayley_shift(linalg.bounded(linalg.skew(V, 12), 0.5))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, turned = linalg.reflections(V), rotation()
+    assert all(map(torch.equal, inside, linalg.reflections(V)))
+    assert torch.equal(turned, rotation())
+
+
+# --- bounded strengths ------------------------------------------------------------------------------------------------
+
+
+def test_box_clamps_and_cuts_only_outward_gradients():
+    values = [-0.5, 0.0, 1.0, 2.0, 2.5]
+    for sign, kept in ((1.0, [0, 0, 1, 1, 1]), (-1.0, [1, 1, 1, 0, 0])):
+        p = torch.tensor(values, requires_grad=True)
+        out = linalg.box(p, 0.0, 2.0)
+        assert torch.equal(out.detach(), torch.tensor(values).clamp(0, 2))
+        (sign * 3 * out).sum().backward()
+        assert torch.equal(p.grad, sign * 3 * torch.tensor(kept, dtype=torch.float32))
+
+
+def test_box_keeps_the_dtype_and_its_gradient():
+    p = torch.tensor([-1.0, 0.5], dtype=torch.bfloat16, requires_grad=True)
+    linalg.box(p, 0.0, 1.0).sum().backward()
+    assert p.grad.dtype is torch.bfloat16
+    assert p.grad.tolist() == [0.0, 1.0]
+
+
+def descend(held, lr=0.01, start=0.3, steps=(100, 300)):
+    """AdamW pushed down for steps[0] and up for steps[1]; the values of p and of held(p) on the way."""
+    p = torch.nn.Parameter(torch.tensor([start]))
+    optimizer = torch.optim.AdamW([p], lr=lr, weight_decay=0.0)
+    path = []
+    for sign, count in ((1, steps[0]), (-1, steps[1])):
+        for _ in range(count):
+            optimizer.zero_grad()
+            out = held(p, 0.0, 2.0)
+            (sign * out).sum().backward()
+            optimizer.step()
+            path.append((p.item(), out.item()))
+    return path
+
+
+def test_box_lets_a_strength_come_back_where_a_clamp_does_not():
+    boxed, clamped = descend(linalg.box), descend(torch.clamp)
+    assert boxed[99][0] < 0
+    assert clamped[99][0] < 0
+    assert boxed[-1][1] == 2.0
+    assert clamped[-1][1] == 0.0
+    assert clamped[-1][0] < -0.05
+    assert all(0 <= out <= 2 for _, out in boxed)
+
+
+def test_momentum_carries_a_boxed_strength_only_a_few_steps_out():
+    for lr in (1e-3, 1e-2):
+        assert -12 * lr < min(p for p, _ in descend(linalg.box, lr=lr, start=30 * lr, steps=(100, 0))) < 0
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch about its own tracing
+def test_box_compiles_without_a_break():
+    compiled = torch.compile(lambda p: linalg.box(p, 0.0, 1.0), backend="eager", fullgraph=True)
+    p = torch.tensor([-1.0, 0.5], requires_grad=True)
+    compiled(p).sum().backward()
+    assert p.grad.tolist() == [0.0, 1.0]
