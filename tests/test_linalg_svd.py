@@ -1,0 +1,244 @@
+"""Singular vectors against torch.linalg.svd in float64, on the spectra that break cheaper ways."""
+
+import pytest
+import torch
+
+from lora_lite import linalg
+from lora_lite.errors import LoraLiteWarning
+from lora_lite.linalg import left_svd, orth, subspace_iteration, top_eigenvectors
+from lora_lite.testing import toy
+from lora_lite.testing.checks import error
+
+SHAPES = [(48, 80), (80, 48), (48, 48)]
+K = torch.arange(1, 49, dtype=torch.float64)
+SPECTRA = {
+    "power": K**-0.7,
+    "outliers": torch.cat([torch.tensor([5e3, 2e3], dtype=torch.float64), K[:46] ** -0.3]),
+    "exponential": torch.exp(-K / 6),
+    "deficient": torch.where(K <= 10, 1 / K, 0.0),
+}
+
+
+def matrix(values, shape, seed=1):
+    """A matrix of these singular values between random orthonormal bases."""
+    U = torch.linalg.qr(toy.inputs(shape[0], len(values), dtype=torch.float64, seed=seed)).Q
+    V = torch.linalg.qr(toy.inputs(shape[1], len(values), dtype=torch.float64, seed=seed + 1)).Q
+    return U * values @ V.T
+
+
+def flat(*shape, dtype=torch.float32):
+    return toy.inputs(*shape, dtype=dtype, seed=8)
+
+
+def apart(U, reference):
+    """Sine of the largest principal angle between the columns' spans."""
+    U, reference = U.double(), reference.double()
+    return float(torch.linalg.matrix_norm(U - reference @ (reference.T @ U), 2))
+
+
+def check_orthonormal(U, tolerance):
+    assert error(U.T @ U, torch.eye(U.shape[1])) < tolerance
+
+
+# --- exact ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spectrum", ["power", "outliers", "exponential"])
+@pytest.mark.parametrize("r", [1, 8, 20])
+def test_exact_is_the_svd(r, spectrum, shape):
+    M = matrix(SPECTRA[spectrum], shape)
+    wanted, values, _ = torch.linalg.svd(M)
+    U, S = left_svd(M, r)
+    assert U.shape == (shape[0], r)
+    assert S.shape == (r,)
+    check_orthonormal(U, 1e-12)
+    assert apart(U, wanted[:, :r]) < 1e-6
+    assert float((S / values[:r] - 1).abs().max()) < 1e-7
+    signs = (U * wanted[:, :r]).sum(0).sign()
+    assert error(U * signs, wanted[:, :r]) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exact_in_float32_survives_outliers_that_a_float32_gram_matrix_does_not(shape):
+    M = matrix(SPECTRA["outliers"], shape).float()
+    wanted, values, _ = torch.linalg.svd(M.double())
+    U, S = left_svd(M, 20)
+    assert U.dtype is S.dtype is torch.float32
+    check_orthonormal(U, 1e-6)
+    assert apart(U, wanted[:, :20]) < 1e-5
+    assert float((S / values[:20] - 1).abs().max()) < 1e-6
+    naive = torch.linalg.eigh(M @ M.T).eigenvectors.flip(1)[:, :20]
+    assert apart(naive, wanted[:, :20]) > 0.1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_directions_rebuild_the_matrix(shape):
+    M = matrix(SPECTRA["power"], shape)
+    U, S = left_svd(M, 48)
+    assert error(U @ U.T @ M, M) < 1e-12
+    rows = U.T @ M
+    assert error(rows @ rows.T, torch.diag(S.square())) < 1e-10
+    assert bool((S.diff() <= 0).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_missing_directions_are_orthonormal_with_value_zero(shape):
+    U, S = left_svd(matrix(SPECTRA["deficient"], shape), 20)
+    check_orthonormal(U, 1e-12)
+    assert error(S[:10], 1 / K[:10]) < 1e-12
+    assert float(S[10:].max()) < 1e-7
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("smallest", [False, True])
+def test_zero_matrix_has_orthonormal_directions(smallest, shape):
+    U, S = left_svd(torch.zeros(shape), 5, smallest=smallest)
+    check_orthonormal(U, 1e-6)
+    assert not S.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sign_of_the_matrix_does_not_matter(shape):
+    M = matrix(SPECTRA["power"], shape)
+    (U, S), (V, R) = left_svd(M, 8), left_svd(-M, 8)
+    assert error(R, S) < 1e-12
+    assert error((U * V).sum(0).abs(), torch.ones(8)) < 1e-12
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e9])
+def test_smallest_are_the_last_of_the_svd(condition, shape):
+    M = matrix(torch.logspace(0, -torch.tensor(condition).log10().item(), 48, dtype=torch.float64), shape)
+    wanted, values, _ = torch.linalg.svd(M, full_matrices=False)
+    U, S = left_svd(M, 6, smallest=True)
+    check_orthonormal(U, 1e-12)
+    assert apart(U, wanted[:, -6:]) < 1e-6
+    assert float((S / values[-6:] - 1).abs().max()) < 1e-5
+    assert bool((S.diff() < 0).all())
+
+
+def test_smallest_of_a_tall_deficient_matrix_are_orthonormal_to_what_it_does():
+    M = matrix(SPECTRA["deficient"], (80, 48))
+    U, S = left_svd(M, 38, smallest=True)
+    check_orthonormal(U, 1e-12)
+    assert float(S.max()) < 1e-12
+    assert float((U.T @ M).abs().max()) < 1e-12
+
+
+def test_smallest_ignores_the_fast_method():
+    M = matrix(SPECTRA["power"], (48, 80))
+    assert torch.equal(left_svd(M, 5, "fast", smallest=True)[0], left_svd(M, 5, smallest=True)[0])
+
+
+# --- fast -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(160, 240), (240, 160)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spectrum", ["power", "outliers", "exponential"])
+def test_fast_reaches_its_tolerance_where_the_spectrum_falls(spectrum, dtype, shape, monkeypatch):
+    k = torch.arange(1, 161, dtype=torch.float64)
+    values = {
+        "power": k**-0.7,
+        "outliers": torch.cat([torch.tensor([50.0, 20.0]), k[:158] ** -0.7]),
+        "exponential": torch.exp(-k / 20),
+    }
+    M = matrix(values[spectrum], shape).to(dtype)
+    monkeypatch.setattr(linalg, "exact_left_svd", None)
+    U, S = left_svd(M, 10, "fast")
+    wanted, exact, _ = torch.linalg.svd(M.double())
+    assert U.dtype is S.dtype is dtype
+    check_orthonormal(U, 1e-5)
+    assert apart(U, wanted[:, :10]) < 2e-3
+    assert float((S / exact[:10] - 1).abs().max()) < 1e-5
+    assert bool((S.diff() <= 0).all())
+    V = (U.double().T @ M.double() / S.double()[:, None]).T
+    assert float(((M.double() @ V - U.double() * S.double()).norm(dim=0) / S.double()).max()) < 1.1e-3
+
+
+def test_fast_is_refused_on_a_flat_spectrum_and_the_exact_one_taken():
+    M = flat(256, 2048)
+    assert subspace_iteration(M, 20, 1e-3) is None
+    with pytest.warns(LoraLiteWarning, match=r"fast SVD missed tol=0\.001"):
+        U, S = left_svd(M, 20, "fast")
+    exact = left_svd(M, 20)
+    assert torch.equal(U, exact[0])
+    assert torch.equal(S, exact[1])
+
+
+def test_tolerance_decides_between_fast_and_exact():
+    M = flat(256, 2048)
+    loose, _ = left_svd(M, 20, "fast", tol=1.0)
+    assert apart(loose, left_svd(M, 20)[0]) > 1e-3
+    with pytest.warns(LoraLiteWarning, match=r"missed tol=1e-12"):
+        left_svd(matrix(SPECTRA["power"], (48, 80)).float(), 4, "fast", tol=1e-12)
+
+
+def test_fast_with_as_many_columns_as_the_matrix_is_exact():
+    M = flat(30, 24, dtype=torch.float64)
+    U, S = left_svd(M, 20, "fast", tol=1e-10)
+    wanted, values, _ = torch.linalg.svd(M)
+    assert apart(U, wanted[:, :20]) < 1e-10
+    assert error(S, values[:20]) < 1e-12
+
+
+def test_fast_draws_nothing_from_the_global_generator_and_repeats_itself():
+    M = matrix(SPECTRA["exponential"], (48, 80))
+    state = torch.random.get_rng_state()
+    first = left_svd(M, 4, "fast")[0]
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.rand(3)
+    assert torch.equal(left_svd(M, 4, "fast")[0], first)
+
+
+@pytest.mark.parametrize(
+    ("shape", "r", "fast"),
+    [((2049, 2049), 128, True), ((2049, 2049), 129, False), ((2048, 4096), 8, False), ((4096, 2049), 128, True)],
+)
+def test_auto_is_fast_only_for_few_directions_of_large_matrices(shape, r, fast, monkeypatch):
+    monkeypatch.setattr(linalg, "subspace_iteration", lambda M, r, tol: ("fast", tol))
+    monkeypatch.setattr(linalg, "exact_left_svd", lambda M, r, smallest: ("exact", smallest))
+    M = torch.empty(shape, device="meta")
+    assert left_svd(M, r, "auto", tol=0.5) == (("fast", 0.5) if fast else ("exact", False))
+    assert left_svd(M, r, "auto", smallest=True) == ("exact", True)
+    assert left_svd(M, r) == ("exact", False)
+
+
+# --- eigenvectors and orthonormal bases -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_eigenvectors_are_the_largest_in_descending_order(dtype):
+    values = torch.linspace(-3, 5, 24, dtype=torch.float64)[torch.randperm(24, generator=torch.Generator().manual_seed(0))]
+    Q = torch.linalg.qr(toy.inputs(24, 24, dtype=torch.float64)).Q
+    G = (Q * values @ Q.T).to(dtype)
+    vectors, found = top_eigenvectors(G, 6)
+    assert vectors.dtype is found.dtype is torch.float64
+    assert vectors.shape == (24, 6)
+    check_orthonormal(vectors, 1e-12)
+    assert error(found, values.sort(descending=True).values[:6]) < (1e-12 if dtype is torch.float64 else 1e-6)
+    assert error(G.double() @ vectors, vectors * found) < (1e-12 if dtype is torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 20])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+def test_orth_spans_its_columns(dtype, tolerance, columns):
+    V = toy.inputs(20, columns, dtype=dtype)
+    Q = orth(V)
+    assert Q.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    check_orthonormal(Q, tolerance)
+    assert error(Q @ (Q.T @ V.to(Q.dtype)), V) < tolerance
+
+
+def test_orth_of_one_column_keeps_its_direction_and_of_zero_is_zero():
+    v = toy.inputs(20, 1)
+    assert error(orth(v), v / v.norm()) < 1e-6
+    assert error(orth(-v), -v / v.norm()) < 1e-6
+    assert not orth(torch.zeros(20, 1)).any()
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_orth_has_the_gradient_of_its_definition(columns):
+    V = toy.inputs(8, columns, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda V: orth(V) @ orth(V).T, V)
