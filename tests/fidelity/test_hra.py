@@ -175,6 +175,13 @@ def test_descent_on_the_penalty_makes_the_rows_orthogonal():
     assert adapter.penalty() < 1e-3 * before
 
 
+def test_penalty_alone_does_not_split_equal_pairs():
+    _, adapter = adapted(ll.HRAConfig(r=2), size=0)
+    adapter.penalty().backward()
+    assert error(adapter.penalty(), torch.tensor(2.0)) < T64
+    assert error(adapter.V.grad, torch.zeros(2, 24)) < T64
+
+
 def test_odd_rank_is_refused():
     with pytest.raises(ll.LoraLiteError, match=r"o_proj.*r=5 is odd"):
         adapted(ll.HRAConfig(r=5))
