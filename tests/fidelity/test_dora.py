@@ -177,6 +177,17 @@ def test_bfloat16_layer_is_as_close_to_the_dense_form_as_its_dtype_allows():
     assert (got.double() - want).norm() / want.norm() < 6e-3
 
 
+def test_norm_under_autocast_stays_within_the_rounding_of_bfloat16():
+    model, adapter = adapted(ll.DoRAConfig(r=16, alpha=16.0), d_in=256, d_out=256, dtype=torch.float32, bias=False)
+    with torch.no_grad():
+        adapter.B.copy_(0.25 * toy.inputs(256, 16))
+        V = model.o_proj.weight + adapter.B @ adapter.A
+        assert V.norm() > 1.1 * model.o_proj.weight.norm()
+        with torch.autocast("cpu", torch.bfloat16):
+            columns = model(torch.eye(256)).float()
+    assert error(columns.norm(dim=0) / adapter.m, torch.ones(256)) < 2e-3
+
+
 def test_gradient_pattern():
     assert live_gradients(ll.DoRAConfig(r=4)) == [{"B", "m"}, {"A", "B", "m"}]
 
