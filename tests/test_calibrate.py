@@ -258,6 +258,13 @@ def test_sums_are_precise_for_low_precision_activations(dtype, tolerance):
         assert error(got[name]["o_proj"], dense(name, calls)) < tolerance, name
 
 
+def test_small_calls_are_not_lost_beside_a_large_one():
+    model = toy.one()
+    data = [torch.full((1, 24), 1e8), *[torch.ones(1, 24)] * 100]
+    got = measure(model, {"o_proj": model.o_proj}, ["x_sum"], data)
+    assert got["x_sum"]["o_proj"].tolist() == [1e8 + 100] * 24
+
+
 def test_autocast_does_not_shorten_the_sums():
     model, data = toy.one(24, 32, False), toy.batches()
     exact = measure(model, {"o_proj": model.o_proj}, ("x_moment", "yx_moment"), data)

@@ -98,6 +98,13 @@ def test_zero_matrix_has_orthonormal_directions(smallest, shape):
     assert not S.any()
 
 
+def test_directions_of_a_tall_matrix_have_the_sign_of_what_it_makes_of_the_inputs():
+    M = matrix(SPECTRA["power"], (80, 48))
+    U, S = left_svd(M, 20)
+    inputs = torch.linalg.eigh(M.T @ M).eigenvectors.flip(1)[:, :20]
+    assert error(U * S, M @ inputs) < 1e-10
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sign_of_the_matrix_does_not_matter(shape):
     M = matrix(SPECTRA["power"], shape)

@@ -49,11 +49,11 @@ class CorDA(Twin):
     @staticmethod
     def group_init(adapters: Any, stats: Any, cfg: Any) -> None:
         for path, a in adapters.items():
-            require_tokens(stats, path, a.cfg.r, "r directions")
-            W, last = stats["weight"][path], cfg.method == "kpm"
-            U, S = oriented_left_svd(cfg.metric, stats, path, W, min(W.shape), cfg.damp, last, cfg.call_norm)
-            kept = slice(-a.cfg.r, None) if last else slice(a.cfg.r)
-            U, S = U[:, kept].to(W.dtype), S.clamp(min=1e-6 * S[0])[kept].to(W.dtype)
+            r, W, last = a.cfg.r, stats["weight"][path].double(), cfg.method == "kpm"
+            require_tokens(stats, path, r, "r directions")
+            count = min(W.shape) if last else r  # the floor of the smallest needs the largest
+            U, S = oriented_left_svd(cfg.metric, stats, path, W, count, cfg.damp, last, cfg.call_norm)
+            U, S = U[:, -r:], S.clamp(min=1e-6 * S[0])[-r:]
             P = U.T @ W
             q = S if cfg.split == "paper" else P.norm(dim=1)
             a.A0.copy_(torch.where(q > 0, q, 1.0).rsqrt()[:, None] * P / a.s**0.5)
