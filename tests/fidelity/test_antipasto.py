@@ -1,0 +1,196 @@
+"""The gain core against the reference project's crop-and-put-back form in dense float64."""
+
+import pytest
+import torch
+
+import lora_lite as ll
+from lora_lite.testing import checks, toy
+from lora_lite.testing.checks import error
+from tests.oracle import T64, adapted, check_dense, live_gradients
+from tests.test_subspace import BASES, batches
+
+
+def factors(a, c):
+    g = torch.minimum(a.g, torch.zeros_like(a.g)) if a.cfg.suppress_only else a.g
+    return torch.where(c * g > 0, 1 + c * g, torch.exp((c * g).clamp(max=0)))
+
+
+def dense(a, W, b, c):
+    """W_res + U diag(sigma f) P with P = diag(1/sigma) U^T W."""
+    U, f = a.U, factors(a, c)
+    P = (U.T @ W) / a.sigma[:, None]
+    changed = W - U @ (U.T @ W) + U @ ((a.sigma * f)[:, None] * P)
+    return changed, b + U @ ((f - 1) * (U.T @ b)) if a.cfg.include_bias and b is not None else b
+
+
+def moved(**fields):
+    """(model, adapter, W, b) at random parameters, float64."""
+    model, adapter = adapted(ll.AntiPaSTOConfig(r=8, **fields), size=1.0)
+    return model, adapter, model.o_proj.weight.detach(), model.o_proj.bias.detach()
+
+
+@pytest.mark.parametrize("fields", [{"suppress_only": True}, {"include_bias": True}], ids=str)
+@pytest.mark.parametrize("check", checks("antipasto"), ids=lambda check: check.function.__name__)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_options_are_lawful(check, fields):
+    check.function(check.cls, ll.AntiPaSTOConfig(r=8, **fields))
+
+
+@pytest.mark.parametrize("include_bias", [False, True])
+def test_output_and_gradients_equal_the_dense_form(include_bias):
+    check_dense(ll.AntiPaSTOConfig(r=8, include_bias=include_bias), dense, size=1.0)
+
+
+def test_suppressed_gains_equal_the_dense_form():
+    def inside(a, W, b, c):
+        with torch.no_grad():
+            a.g.copy_(-a.g.abs() - 0.01)  # the gradient at and beyond the bound is the business of the test below
+        return dense(a, W, b, c)
+
+    cfg = ll.AntiPaSTOConfig(r=8, suppress_only=True)
+    model, adapter = adapted(cfg, size=1.0)
+    inside(adapter, model.o_proj.weight, None, 1.0)
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    W, b = dense(adapter, model.o_proj.weight, model.o_proj.bias, 1.0)
+    want = x @ W.T + b
+    assert error(model(x), want) < T64
+    probe = toy.inputs(5, 32, dtype=torch.float64, seed=4)
+    ours = torch.autograd.grad((model(x) * probe).sum(), adapter.g)[0]
+    assert error(ours, torch.autograd.grad((want * probe).sum(), adapter.g)[0]) < T64 * 10
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_every_basis_gives_the_dense_form(basis):
+    cfg = ll.AntiPaSTOConfig(r=12, basis=basis)
+    model, adapter = adapted(cfg, 24, 40, size=1.0, data=None if basis == "svd" else batches())
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    for coeff in (1.0, 0.5, -0.7, 2.0):
+        W, b = dense(adapter, model.o_proj.weight, model.o_proj.bias, coeff)
+        with ll.scale(model, coeff):
+            assert error(model(x), x @ W.T + b) < T64
+
+
+def test_the_map_is_the_reference_projects_cut_and_scaled_svd():
+    model, adapter, W, b = moved()
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    rest = W - U[:, :8] * S[:8] @ Vh[:8]
+    f = 1 + torch.nn.functional.elu(adapter.g.detach())
+    want = rest + U[:, :8] * (S[:8] * f) @ Vh[:8]
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    assert error(adapter.sigma, S[:8]) < T64
+    assert error(model(x), x @ want.T + b) < T64
+
+
+def test_factors_are_positive_smooth_and_below_one_where_c_g_is_negative():
+    from lora_lite.subspace import gain
+
+    g = torch.linspace(-30, 30, 2001, dtype=torch.float64, requires_grad=True)
+    for c in (1.0, 0.5, -0.7):
+        f = 1 + gain(c, g, False)
+        assert (f > 0).all()
+        assert torch.equal(f.detach() <= 1, c * g.detach() <= 0)
+        slope = torch.autograd.grad(f.sum(), g)[0]
+        assert abs(float(slope[1000]) - c) < 1e-12
+        assert float(slope.diff().abs().max()) < 0.05 * abs(c)
+    large = torch.tensor([1e4, -1e4], requires_grad=True)
+    gain(1.0, large, False).sum().backward()
+    assert large.grad.isfinite().all()
+
+
+def test_only_the_product_of_coeff_and_gain_counts():
+    model, adapter, _, _ = moved()
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    with ll.scale(model, -0.7):
+        want = model(x)
+    with torch.no_grad():
+        adapter.g.mul_(-0.7)
+    assert error(model(x), want) < T64
+
+
+def test_the_rest_of_the_output_stays():
+    model, adapter, W, b = moved()
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    outside = torch.eye(32, dtype=torch.float64) - adapter.U @ adapter.U.T
+    change = model(x) - (x @ W.T + b)
+    assert error(change @ outside, torch.zeros_like(change)) < T64
+    assert change.abs().max() > 0.1
+
+
+def test_suppress_only_never_makes_an_output_longer():
+    model, adapter, W, b = moved(suppress_only=True)
+    assert (adapter.g > 0).any()
+    x = toy.inputs(200, 24, dtype=torch.float64)
+    for coeff in (0.5, 1.0, 3.0):
+        f = factors(adapter, coeff)
+        assert ((f > 0) & (f <= 1)).all()
+        with ll.scale(model, coeff):
+            assert ((model(x) - b).norm(dim=1) <= (x @ W.T).norm(dim=1) * (1 + 1e-12)).all()
+    free, _, W, b = moved()
+    assert ((free(x) - b).norm(dim=1) > (x @ W.T).norm(dim=1)).any()
+
+
+def test_a_suppressed_gain_that_was_pushed_out_comes_back():
+    model, adapter = adapted(ll.AntiPaSTOConfig(r=8, suppress_only=True), size=0)
+    with torch.no_grad():
+        adapter.g.fill_(0.05)
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    with ll.disabled(model):
+        base = model(x)
+    assert torch.equal(model(x), base)
+    energy = model(x).square().sum()
+    outward = torch.autograd.grad(-energy, adapter.g, retain_graph=True)[0]
+    inward = torch.autograd.grad(energy, adapter.g)[0]
+    assert not outward.any()
+    optimizer = torch.optim.AdamW(ll.param_groups(model, lr=1e-2))
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert inward.any()
+    assert (adapter.g < 0).all()
+
+
+def test_bias_is_left_alone_unless_asked():
+    x = torch.zeros(1, 24, dtype=torch.float64)
+    model, _, _, b = moved()
+    assert torch.equal(model(x)[0], b)
+    model, _, _, b = moved(include_bias=True)
+    assert error(model(x)[0], b) > 0.01
+
+
+def test_gradient_pattern():
+    assert live_gradients(ll.AntiPaSTOConfig(r=8)) == [{"g"}, {"g"}]
+
+
+def test_slope_at_the_start_is_coeff_times_the_coordinate():
+    model, adapter = adapted(ll.AntiPaSTOConfig(r=8), size=0)
+    x, probe = toy.inputs(5, 24, dtype=torch.float64), toy.inputs(5, 32, dtype=torch.float64, seed=4)
+    with ll.scale(model, 0.5):
+        got = torch.autograd.grad((model(x) * probe).sum(), adapter.g)[0]
+    want = 0.5 * ((x @ model.o_proj.weight.T @ adapter.U) * (probe @ adapter.U)).sum(0)
+    assert error(got, want) < T64
+
+
+def test_gradients_are_those_of_finite_differences():
+    model, adapter, _, _ = moved()
+    x = toy.inputs(3, 24, dtype=torch.float64)
+
+    def run(g):
+        return torch.func.functional_call(model, {"o_proj.default.g": g}, (x,))
+
+    assert torch.autograd.gradcheck(run, adapter.g.detach().requires_grad_())
+
+
+def test_trained_and_frozen_numbers():
+    model, _ = adapted(ll.AntiPaSTOConfig(r=8))
+    assert (ll.status(model).trainable, ll.status(model).frozen) == (8, 32 * 8 + 8)
+
+
+def test_decay_ends_at_the_base_model():
+    model, adapter, W, b = moved()
+    optimizer = torch.optim.AdamW(ll.param_groups(model, lr=0.1, weight_decay=9.0))
+    for _ in range(30):
+        adapter.g.grad = torch.zeros_like(adapter.g)
+        optimizer.step()
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    assert error(model(x), x @ W.T + b) < 1e-12
