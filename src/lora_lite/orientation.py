@@ -47,10 +47,11 @@ def oriented_left_svd(
     W, M, delta = W.double(), M / n, damp * trace / n / W.shape[1]
     if metric == "full":
         return left_svd(M + delta * W, r, smallest=smallest)
-    tall = W.shape[0] > W.shape[1]
-    if tall:  # within the column space of W: the zeros that its complement adds to G would come up among the smallest
+    Q = None
+    if W.shape[0] > W.shape[1]:  # stay in its column space: the zeros that the rest adds to G would be the smallest
         Q = torch.linalg.qr(W).Q
         W, M = Q.T @ W, Q.T @ M @ Q
     V, values = top_eigenvectors(M + delta * W @ W.T, len(W))
     kept = slice(len(W) - r, None) if smallest else slice(r)
-    return Q @ V[:, kept] if tall else V[:, kept], values[kept].clamp(min=0).sqrt()
+    U = V[:, kept] if Q is None else Q @ V[:, kept]
+    return U, values[kept].clamp(min=0).sqrt()
