@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
 from lora_lite.attach import Attached
+from lora_lite.targets import Layer, dense_weight
 
 REPEATS = 5
 
@@ -121,7 +122,7 @@ def invariants(model: nn.Module, handle: Attached) -> dict[str, float]:
         worst[name] = max(worst.get(name, 0.0), value)
 
     for path, adapter in handle.layers.items():
-        claims, W = adapter.claims, model.get_submodule(path).weight.double()  # type: ignore[union-attr]
+        claims, W = adapter.claims, dense_weight(cast(Layer, model.get_submodule(path))).double()
         if claims.affine:
             delta = ll.delta_weight(model, path).double()
             note("relative_change", float(delta.norm() / W.norm()))

@@ -14,6 +14,7 @@ import lzma
 import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -22,10 +23,13 @@ from rich.progress import track
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import text
+from benchmarks.base_tokenizer import save_tokenizer
 
 BASE = Path(__file__).parent / "base"
 CHECKPOINT = Path(__file__).parent / "runs" / "pretrain.pt"
-RECIPE = dict(steps=4500, warmup=100, batch=16, window=256, lr_muon=1e-2, lr_adamw=2e-3, weight_decay=0.05, seed=0)
+RECIPE: dict[str, Any] = dict(
+    steps=4500, warmup=100, batch=16, window=256, lr_muon=1e-2, lr_adamw=2e-3, weight_decay=0.05, seed=0
+)
 LIBRARIES = ("torch", "transformers", "numpy")
 LOG_EVERY = 50
 CHECKPOINT_EVERY = 250
@@ -126,7 +130,7 @@ def main() -> None:
             torch.save({"states": [p.state_dict() for p in stateful], "step": step + 1, "log": log}, partial)
             partial.replace(CHECKPOINT)
 
-    model = model.to(torch.bfloat16).float()  # what is committed is what is measured
+    model = model.bfloat16().float()  # what is committed is what is measured
     record = {
         "recipe": RECIPE,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -141,7 +145,8 @@ def main() -> None:
             "zlib -9": round(8 * len(zlib.compress(held_out, 9)) / len(held_out), 4),
         },
     }
-    model.to(torch.bfloat16).save_pretrained(BASE)
+    model.bfloat16().save_pretrained(BASE)
+    save_tokenizer(BASE)
     (BASE / "pretrain.json").write_text(json.dumps(record, indent=1) + "\n")
     (BASE / "pretrain.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     CHECKPOINT.unlink(missing_ok=True)

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import json
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_lite as ll
-from benchmarks.measure import cost, difference, fidelity, seconds
+from benchmarks.measure import cost, difference, fidelity
 from benchmarks.tasks import Code, Math, Task
+from benchmarks.text import Part
+from lora_lite.registry import variant_of
+from lora_lite.targets import sizes
 
 BASE = Path(__file__).parent / "base"
 FULL = "full"  # not a variant: every weight of the base is trained, the peer that adapters are measured against
 FULL_LR = 1e-3
+SWEEP = Path(__file__).parent / "results" / "sweep"
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 
@@ -56,17 +62,20 @@ class Settings:
 def load_base(settings: Settings) -> tuple[nn.Module, Any]:
     """(frozen model in training-free mode, tokenizer)."""
     dtype = getattr(torch, settings.base_dtype)
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).to(settings.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+    model.to(settings.device)
     model.config.use_cache = False
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(settings.model)
 
 
-def make_task(settings: Settings, tokenizer: Any, seed: int) -> Task:
+def make_task(settings: Settings, tokenizer: Any, seed: int, scored: Part = "test") -> Task:
     if settings.task == "code":
-        return Code(tokenizer, seed, settings.batch, settings.window, settings.eval_windows)
+        return Code(tokenizer, seed, settings.batch, settings.window, settings.eval_windows, scored)
     if settings.task == "math":
-        given = {k: v for k, v in (("train", settings.train_data), ("test", settings.test_data)) if v is not None}
-        local = {} if settings.test_data is None else {"test_config": None}
+        given: dict[str, Any] = {
+            k: v for k, v in (("train", settings.train_data), ("test", settings.test_data)) if v is not None
+        }
+        local: dict[str, Any] = {} if settings.test_data is None else {"test_config": None}
         return Math(tokenizer, seed, settings.batch, settings.window, **given, **local)
     raise ll.LoraLiteError(f"task={settings.task!r} is unknown.", expected='"code" or "math".', fix="task=code")
 
@@ -127,22 +136,42 @@ def calibration_data(task: Task, cls: Any, cfg: ll.AdapterConfig, settings: Sett
     return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
 
 
+def fitting(model: nn.Module, cfg: ll.AdapterConfig) -> ll.AdapterConfig:
+    """The config with its default rank lowered to what the smallest target allows: defaults are meant for wider models."""
+    if cfg.r is None or cfg.r != type(cfg)().r:
+        return cfg
+    most = min(min(sizes(layer)) for layer in ll.find_targets(model, cfg).values())
+    return dataclasses.replace(cfg, r=min(cfg.r, most))
+
+
+def train_variant(
+    cfg: ll.AdapterConfig, settings: Settings, progress: Progress, *, bare: nn.Module, task: Task
+) -> list[dict[str, float]]:
+    """Attach to a copy, train, score; nothing else is measured."""
+    model, cls = copy.deepcopy(bare), variant_of(cfg)
+    ll.attach(model, cfg, calibration_data(task, cls, cfg, settings))
+    return train(model, ll.param_groups(model, weight_decay=settings.weight_decay), task, settings, progress, cls.variant)
+
+
 def run_variant(
     name: str, fields: dict[str, Any], settings: Settings, seed: int, progress: Progress, *, bare: nn.Module, task: Task
 ) -> dict[str, Any]:
     """Attach, measure cost, train, measure fidelity; detach at the end must give the base back bit for bit."""
-    rate = {} if settings.lr is None else {"lr": settings.lr}
-    cfg = ll.config(name, **{"seed": seed, **fields, **rate})
+    cfg = fitting(bare, ll.config(name, **{"seed": seed, **fields, **learning_rate(name, settings)}))
     model = copy.deepcopy(bare)
     ids = task.batch(0)["input_ids"].to(settings.device)
     data = calibration_data(task, ll.get(name), cfg, settings)
     before = bare(input_ids=ids).logits
-    handles: list[Any] = []
-    attach_seconds = seconds(lambda: handles.append(ll.attach(model, cfg, data)))
-    (handle,) = handles
+    start = time.perf_counter()
+    handle = ll.attach(model, cfg, data)
+    attach_seconds = time.perf_counter() - start
     with torch.no_grad():
         start_error = difference(model(input_ids=ids).logits, before)
-    record: dict[str, Any] = {"seed": seed, "config": {"variant": name, **_json(cfg)}, "layers": len(handle.layers)}
+    record: dict[str, Any] = {
+        "seed": seed,
+        "config": {"variant": name, **json.loads(cfg.to_json())},
+        "layers": len(handle.layers),
+    }
     record["cost"] = {"attach_seconds": attach_seconds, **cost(model, handle, bare, ids)}
     groups = ll.param_groups(model, weight_decay=settings.weight_decay)
     record["curve"] = train(model, groups, task, settings, progress, f"{name}, seed {seed}")
@@ -153,20 +182,28 @@ def run_variant(
     return record
 
 
+def learning_rate(name: str, settings: Settings) -> dict[str, float]:
+    """The given rate; on the embedded base the one that its sweep found; else the config's own, meant for language models."""
+    swept = best_rate(name) if Path(settings.model) == BASE else None
+    rate = settings.lr or swept
+    return {} if rate is None else {"lr": rate}
+
+
+def best_rate(name: str) -> float | None:
+    """The rate that the committed sweep found for this variant on the embedded base, None where it was not swept."""
+    path = SWEEP / f"{name}.json"
+    return json.loads(path.read_text())["best"] if path.exists() else None
+
+
 def run_full(
-    settings: Settings, seed: int, progress: Progress, *, bare: nn.Module, task: Task, lr: float = FULL_LR
+    settings: Settings, seed: int, progress: Progress, *, bare: nn.Module, task: Task, lr: float | None = None
 ) -> dict[str, Any]:
     """Full fine-tuning with the same data, steps and schedule."""
+    lr = lr or best_rate(FULL) or FULL_LR
     model = copy.deepcopy(bare).requires_grad_(True)
     groups = [{"params": list(model.parameters()), "lr": lr, "weight_decay": settings.weight_decay}]
     curve = train(model, groups, task, settings, progress, f"{FULL}, seed {seed}")
     return {"seed": seed, "config": {"variant": FULL, "lr": lr}, "curve": curve}
-
-
-def _json(cfg: ll.AdapterConfig) -> dict[str, Any]:
-    import json
-
-    return json.loads(cfg.to_json())
 
 
 def settings_json(settings: Settings) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def score_windows(model: nn.Module, tokens: Tensor, bytes_per_token: float) -> d
 class Code:
     """Continue the standard library's source code.
 
-    window  tokens of a row; eval_windows  evenly spaced windows of each held-out text that are scored
+    window  tokens of a row; eval_windows  evenly spaced windows of each text that are scored
+    scored  part of the code that `evaluate` reads; a sweep takes "validation", which no run trains on
     """
 
     tokenizer: Any
@@ -62,16 +63,17 @@ class Code:
     batch_size: int
     window: int
     eval_windows: int
+    scored: text.Part = "test"
     metric: str = field(default="code_bits_per_byte", init=False)
     lower_is_better: bool = field(default=True, init=False)
 
     @cached_property
     def training(self) -> str:
-        return text.joined(text.code(held_out=False)).decode()
+        return text.joined(text.code("train")).decode()
 
     @cached_property
     def held_out(self) -> dict[str, bytes]:
-        return {"code": text.joined(text.code(held_out=True)), "prose": text.joined(text.prose(held_out=True))}
+        return {"code": text.joined(text.code(self.scored)), "prose": text.joined(text.prose(held_out=True))}
 
     def tokens(self, passage: str) -> Tensor:
         return torch.tensor(self.tokenizer(passage, add_special_tokens=False).input_ids)

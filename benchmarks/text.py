@@ -12,17 +12,30 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 # Tests repeat their subject, lib2to3 and idlelib carry generated tables, encodings are character maps,
 # _sysconfigdata differs from machine to machine, pydoc_data is the reference itself.
 SKIPPED = ("test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "__pycache__")
 HELD_OUT_SHARE = 0.1
+VALIDATION_SHARE = 0.05
 SHORTEST_PARAGRAPH = 40
 
 
+Part = Literal["train", "validation", "test"]
+
+
+def part_of(name: str) -> Part:
+    """The part a document belongs to, decided by SHA-256 of its name alone."""
+    place = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32
+    if place < HELD_OUT_SHARE:
+        return "test"
+    return "validation" if place < HELD_OUT_SHARE + VALIDATION_SHARE else "train"
+
+
 def is_held_out(name: str) -> bool:
-    """Whether the document belongs to the held-out tenth: decided by SHA-256 of its name."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 < HELD_OUT_SHARE
+    """Whether the document belongs to the tenth that nothing is trained on or chosen by."""
+    return part_of(name) == "test"
 
 
 def standard_library() -> Path:
@@ -39,9 +52,9 @@ def modules(root: Path) -> Iterator[tuple[str, Path]]:
     yield from sorted(found.items())
 
 
-def code(held_out: bool) -> dict[str, str]:
-    """Source text of the standard library's modules on one side of the split."""
-    chosen = ((name, path) for name, path in modules(standard_library()) if is_held_out(name) == held_out)
+def code(*parts: Part) -> dict[str, str]:
+    """Source text of the standard library's modules in these parts."""
+    chosen = ((name, path) for name, path in modules(standard_library()) if part_of(name) in parts)
     return {name: path.read_text("utf-8", errors="replace") for name, path in chosen}
 
 
@@ -60,7 +73,8 @@ def prose(held_out: bool) -> dict[str, str]:
     from pydoc_data.topics import topics
 
     documents = {f"topic {name}": text for name, text in topics.items() if is_held_out(f"topic {name}") == held_out}
-    documents |= {name: docstrings(source) for name, source in code(held_out).items()}
+    sources = code("test") if held_out else code("train", "validation")
+    documents |= {name: docstrings(source) for name, source in sources.items()}
     return {name: text for name, text in documents.items() if text}
 
 

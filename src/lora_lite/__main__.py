@@ -79,7 +79,7 @@ def new(arguments: argparse.Namespace) -> None:
     words = {"name": name, "Class": "".join(part.capitalize() for part in name.split("_"))}
     for template, place in places.items():
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text((resources.files(__package__) / "templates" / template).read_text().format(**words))
+        place.write_text((resources.files("lora_lite") / "templates" / template).read_text().format(**words))
         print(f"wrote {place}")
 
 

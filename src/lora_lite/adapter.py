@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .config import AdapterConfig
 from .errors import LoraLiteError
 from .spec import ParamSpec
-from .targets import Base
+from .targets import Base, Layer
 
 Stats = Any  # calibrate.Stats: stats[name][path], stats["weight"][path]
 
@@ -32,7 +32,7 @@ class Claims:
     affine: bool = True
     contraction: bool = False
     isometry: bool = False
-    rank: Callable[[AdapterConfig], int] | None = None
+    rank: Callable[[Any], int] | None = None
     safe_coeff: tuple[float, float] | None = None
     start: float = 0.0
 
@@ -44,6 +44,10 @@ class Group:
     name: str
     cfg: AdapterConfig
     base_flags: dict[str, bool]
+
+
+NOWHERE = Group("", AdapterConfig(), {})
+"""The group of an adapter that is not installed."""
 
 
 class Adapter(nn.Module):
@@ -64,11 +68,12 @@ class Adapter(nn.Module):
     ):
         """Build the declared tensors, unfilled. matrix_dtype: of frozen matrices; parameters and vectors are in cfg.dtype."""
         super().__init__()
-        self.d_in, self.d_out, self.cfg = d_in, d_out, cfg
+        self.d_in, self.d_out = d_in, d_out
+        self.cfg: Any = cfg
         self.coeff: float | Tensor = cfg.coeff
         self.fired = False
-        self.group: Group | None = None
-        self.original: tuple[nn.Parameter, nn.Parameter | None] | None = None  # weight and bias while merged
+        self.group: Group = NOWHERE
+        self.original: tuple[Any, Any] | None = None  # weight and bias while merged
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.report: dict[str, float] = {}  # what group_init measured, such as the captured share of a statistic
         for name, spec in self.specs().items():
@@ -149,7 +154,7 @@ class Adapter(nn.Module):
                 )
             getattr(self, name).copy_(value)
 
-    def install(self, layer: nn.Module, group: Group) -> None:
+    def install(self, layer: Layer, group: Group) -> None:
         """Hang under the layer as a child of the group's name, with bound methods as hooks."""
         self.group = group
         layer.add_module(group.name, self)
@@ -162,7 +167,7 @@ class Adapter(nn.Module):
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        if self.group is not None and getattr(layer, self.group.name, None) is self:
+        if getattr(layer, self.group.name, None) is self:
             delattr(layer, self.group.name)
 
     def hooked(self) -> bool:
@@ -184,7 +189,7 @@ class Adapter(nn.Module):
             return (changed, *args[1:]), kwargs
         return args, {**kwargs, next(iter(kwargs)): changed}
 
-    def output_hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+    def output_hook(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         self.fired = True
         if self.idle():
             return None

@@ -14,7 +14,7 @@ from .calibrate import Stats, Weights, measure
 from .config import AdapterConfig
 from .errors import LoraLiteError, some
 from .registry import variant_of
-from .targets import dense_weight, find_targets, linears, refuse_wrapped, role, selected, sizes, unwrapped
+from .targets import Layer, dense_weight, find_targets, linears, refuse_wrapped, role, selected, sizes, unwrapped
 
 
 @dataclass
@@ -100,7 +100,7 @@ def handle(model: nn.Module, name: str, cfg: AdapterConfig, adapters: dict[str, 
     return Attached(model, name, cfg, adapters, skipped)
 
 
-def build(cls: type[Adapter], path: str, layer: nn.Module, cfg: AdapterConfig) -> Adapter:
+def build(cls: type[Adapter], path: str, layer: Layer, cfg: AdapterConfig) -> Adapter:
     """The unfilled adapter of one layer. Errors of `param_specs` are given the layer's path and sizes."""
     d_in, d_out = sizes(layer)
     weight = layer.weight
@@ -111,7 +111,7 @@ def build(cls: type[Adapter], path: str, layer: nn.Module, cfg: AdapterConfig) -
         raise LoraLiteError(f"{path} (d_in={d_in}, d_out={d_out}): {error}") from error
 
 
-def statistics(cls: type[Adapter], cfg: AdapterConfig, model: nn.Module, targets: dict[str, nn.Module], data: Any) -> Stats:
+def statistics(cls: type[Adapter], cfg: AdapterConfig, model: nn.Module, targets: dict[str, Layer], data: Any) -> Stats:
     """What the variant needs or wants, measured on the base model; refused where data is missing or would be ignored."""
     needed, wanted = cls.needs(cfg), cls.wants(cfg)
     if data is None:
@@ -133,7 +133,7 @@ def statistics(cls: type[Adapter], cfg: AdapterConfig, model: nn.Module, targets
         return measure(model, targets, (*needed, *available), data)
 
 
-def refuse_name(model: nn.Module, targets: dict[str, nn.Module], name: str) -> None:
+def refuse_name(model: nn.Module, targets: dict[str, Layer], name: str) -> None:
     taken = runtime.adapter_names(model)
     if name in taken:
         raise LoraLiteError(
@@ -156,9 +156,7 @@ def refuse_non_finite(adapters: dict[str, Adapter]) -> None:
                 raise LoraLiteError(f"{path}.{key} is not finite after init.", expected="A finite base weight and finite data.")
 
 
-def install(
-    model: nn.Module, targets: dict[str, nn.Module], adapters: dict[str, Adapter], name: str, cfg: AdapterConfig
-) -> None:
+def install(model: nn.Module, targets: dict[str, Layer], adapters: dict[str, Adapter], name: str, cfg: AdapterConfig) -> None:
     """Hang the filled adapters and freeze the base; undone whole when it is interrupted."""
     earlier = runtime.adapters(model)
     flags = earlier[0].adapter.group.base_flags if earlier else {k: p.requires_grad for k, p in model.named_parameters()}

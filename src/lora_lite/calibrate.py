@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoraLiteError, closest, some
-from .targets import dense_weight
+from .targets import Layer, dense_weight
 
 LABELS = ("positive", "negative")
 STATISTICS: dict[str, Any] = {
@@ -46,7 +46,7 @@ STATISTICS: dict[str, Any] = {
 class Weights(Mapping[str, Tensor]):
     """{path: float32 copy of the weight (d_out, d_in)}, made when asked for."""
 
-    def __init__(self, layers: dict[str, nn.Module]):
+    def __init__(self, layers: dict[str, Layer]):
         self.layers = layers
 
     def __getitem__(self, path: str) -> Tensor:
@@ -159,7 +159,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         setattr(matmul, setting, before)
 
 
-def measure(model: nn.Module, layers: dict[str, nn.Module], wanted: Iterable[str], data: Any) -> Stats:
+def measure(model: nn.Module, layers: dict[str, Layer], wanted: Iterable[str], data: Any) -> Stats:
     """Stream the data once through the base model; {name: {path: sum}} in float64 for the wanted statistics.
 
     data  batches, or {"positive": batches, "negative": batches}; a batch is a mapping (whose attention_mask drops padding),
@@ -179,7 +179,7 @@ def measure(model: nn.Module, layers: dict[str, nn.Module], wanted: Iterable[str
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in requests}
     state: dict[str, Any] = {"label": None, "mask": None}
 
-    def observe(path: str, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
+    def observe(path: str, layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
         mask = state["mask"]
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])

@@ -37,7 +37,7 @@ class AdapterConfig:
     Raises LoraLiteError for an unknown field, a value of the wrong kind and a value out of range.
     """
 
-    r: int | None = 8
+    r: int = 8
     alpha: float | None = None
     rslora: bool = False
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
@@ -59,7 +59,7 @@ class AdapterConfig:
                 found=closest(name, known),
                 fix=f"help(lora_lite.{cls.__name__})",
             )
-        return super().__new__(cls)
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
@@ -126,10 +126,9 @@ class AdapterConfig:
 class RanklessConfig(AdapterConfig):
     """For methods without a rank: r, alpha and rslora exist and refuse every value."""
 
-    r: None = None
+    r: None = None  # type: ignore[assignment]
     alpha: None = None
     rslora: Literal[False] = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -22,7 +22,7 @@ from . import registry, runtime
 from .adapter import Adapter
 from .attach import Attached, build, handle, install, refuse_name
 from .errors import LoraLiteError, LoraLiteWarning, some
-from .targets import is_linear, refuse_wrapped, unwrapped
+from .targets import Layer, is_linear, refuse_wrapped, unwrapped
 
 FORMAT = "lora_lite"
 VERSION = 1
@@ -30,7 +30,7 @@ WHOLE_BELOW = 2**18  # numbers of a weight that are hashed entirely
 SAMPLE = 2**14  # numbers, evenly spaced, that are hashed of a larger one
 
 
-def fingerprint(layer: nn.Module) -> dict[str, Any]:
+def fingerprint(layer: Layer) -> dict[str, Any]:
     """Shape, dtype and a hash of the stored weight: of all of it up to 2^18 numbers, of 2^14 evenly spaced ones above."""
     weight = layer.weight.detach()
     flat = weight.reshape(-1)
@@ -73,13 +73,11 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
     tensors = {
         f"{f.path}.{key}": tensor.detach().contiguous().cpu() for f in found for key, tensor in f.adapter.state_dict().items()
     }
-    group = found[0].adapter.group
-    assert group is not None
     header = {
         "format": FORMAT,
         "version": str(VERSION),
         "variant": found[0].adapter.variant,
-        "config": group.cfg.to_json(),
+        "config": found[0].adapter.group.cfg.to_json(),
         "name": name,
         "layers": json.dumps([f.path for f in found]),
         "base": json.dumps({f.path: fingerprint(f.layer) for f in found}),
@@ -158,7 +156,7 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None, strict_
     return handle(model, name, cfg, adapters)
 
 
-def layers_of(model: nn.Module, path: str | Path, wanted: list[str]) -> dict[str, nn.Module]:
+def layers_of(model: nn.Module, path: str | Path, wanted: list[str]) -> dict[str, Layer]:
     modules = dict(model.named_modules())
     if missing := [p for p in wanted if p not in modules or not is_linear(modules[p])]:
         present = [p for p, m in modules.items() if is_linear(m)]
@@ -167,10 +165,10 @@ def layers_of(model: nn.Module, path: str | Path, wanted: list[str]) -> dict[str
             found=f"Linears here: {some(present)}.",
             fix="ll.load(the_model_it_was_saved_from, path)",
         )
-    return {p: modules[p] for p in wanted}
+    return {p: cast(Layer, modules[p]) for p in wanted}
 
 
-def refuse_other_base(path: str | Path, targets: dict[str, nn.Module], saved: dict[str, Any]) -> None:
+def refuse_other_base(path: str | Path, targets: dict[str, Layer], saved: dict[str, Any]) -> None:
     different = []
     for layer_path, layer in targets.items():
         here = fingerprint(layer)

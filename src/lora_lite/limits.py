@@ -22,7 +22,7 @@ def refuse_odd(name: str, value: int) -> None:
 def refuse_indivisible(name: str, block: int, width: int) -> None:
     """Raise where `width` channels cannot be cut into blocks of `block`."""
     if width % block:
-        fitting = max(b for b in range(1, block) if width % b == 0)
+        fitting = largest_divisor(width, block)
         raise LoraLiteError(
             f"{name}={block} does not divide {width}.", expected="Blocks of equal size.", fix=f"{name}={fitting}"
         )

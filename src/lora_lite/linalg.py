@@ -207,8 +207,8 @@ class Box(torch.autograd.Function):
         ctx.save_for_backward(p)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        (p,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (p,), (g,) = ctx.saved_tensors, grads
         outward = ((p <= ctx.lo) & (g > 0)) | ((p >= ctx.hi) & (g < 0))
         return torch.where(outward, 0.0, g), None, None
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import runtime
 from .adapter import Adapter
 from .errors import LoraLiteError, some
-from .targets import dense_weight, is_conv1d, unwrapped
+from .targets import Layer, dense_weight, is_conv1d, unwrapped
 
 CHUNK = 1024  # basis vectors at once
 
@@ -37,7 +37,7 @@ def run(adapters: list[Adapter], base: DenseBase, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def effective(layer: nn.Module, adapters: list[Adapter]) -> tuple[Tensor, Tensor, Tensor]:
+def effective(layer: Layer, adapters: list[Adapter]) -> tuple[Tensor, Tensor, Tensor]:
     """(W', b', W) in float64 of the layer with these adapters at their coefficients: (d_out, d_in), (d_out,)."""
     W = dense_weight(layer).double()
     bias = None if layer.bias is None else layer.bias.detach().double()

@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .adapter import Adapter
 from .config import AdapterConfig
@@ -79,13 +79,13 @@ def validate(cls: type[Adapter]) -> None:
         raise LoraLiteError(f"{cls!r} cannot be registered.", expected="A variant is a subclass of lora_lite.Adapter.")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", cls.variant):
         refuse(f"the name {cls.variant!r}", "Lower-case letters, digits and underscores.", '@register(name="mine")')
-    config = getattr(cls, "Config", None)
+    config: Any = getattr(cls, "Config", None)
     if not (isinstance(config, type) and issubclass(config, AdapterConfig)):
         refuse(f"Config is {config!r}", "A subclass of AdapterConfig.", f"Config = {cls.__name__}Config")
-    params = config.__dataclass_params__
+    params = vars(config).get("__dataclass_params__")
     if (
-        not params.frozen
-        or "__dataclass_fields__" not in config.__dict__
+        params is None
+        or not params.frozen
         or any(not f.kw_only for f in dataclasses.fields(config))
     ):
         refuse(f"{config.__name__} is not a frozen keyword-only dataclass", "", "@dataclass(frozen=True, kw_only=True)")

@@ -4,21 +4,21 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
 from .errors import LoraLiteError, LoraLiteWarning, closest
-from .targets import unwrapped
+from .targets import Layer, unwrapped
 
 
 class Found(NamedTuple):
     """An adapter in its place."""
 
     path: str
-    layer: nn.Module
+    layer: Layer
     name: str
     adapter: Adapter
 
@@ -29,10 +29,10 @@ def adapters(model: nn.Module, name: str | None = None) -> list[Found]:
     Raises LoraLiteError for a name that no adapter has.
     """
     found = [
-        Found(path, layer, child_name, child)
+        Found(path, cast(Layer, layer), child_name, child)
         for path, layer in unwrapped(model).named_modules()
         for child_name, child in layer.named_children()
-        if isinstance(child, Adapter) and child.group is not None
+        if isinstance(child, Adapter)
     ]
     if name is None:
         return found

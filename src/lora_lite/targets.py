@@ -4,6 +4,7 @@ import re
 import sys
 import warnings
 from collections import Counter
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from .config import AdapterConfig
 from .errors import LoraLiteError, LoraLiteWarning, closest, some
+
+Layer = nn.Linear
+"""Type of an adapted layer: nn.Linear, or a module with its attributes (Conv1D, quantised Linears)."""
 
 READERS = (
     "q_proj k_proj v_proj qkv_proj query key value c_attn wq wk wv gate_proj up_proj gate_up_proj fc1 c_fc w1 w3 in_proj"
@@ -27,14 +31,14 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
-def sizes(layer: nn.Module) -> tuple[int, int]:
+def sizes(layer: Layer) -> tuple[int, int]:
     """(d_in, d_out)."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    return layer.weight.shape[0], layer.weight.shape[1]
+    if is_conv1d(layer):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features
 
 
-def oriented_weight(layer: nn.Module) -> Tensor:
+def oriented_weight(layer: Layer) -> Tensor:
     """The weight as (d_out, d_in), a view of the layer's own storage. Raises for packed weights."""
     weight = layer.weight
     if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
@@ -47,7 +51,7 @@ def oriented_weight(layer: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def dense_weight(layer: nn.Module) -> Tensor:
+def dense_weight(layer: Layer) -> Tensor:
     """A copy of the weight, (d_out, d_in), in float32 (float64 stays), never the weight itself."""
     weight = oriented_weight(layer)
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
@@ -60,7 +64,7 @@ class Base:
     `base.bias` is (d_out,) or None.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: Layer):
         self.layer = layer
         self.bias = layer.bias
 
@@ -86,7 +90,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         else:
             return model
 
@@ -117,8 +121,8 @@ def selected(path: str, cfg: AdapterConfig) -> bool:
     return wanted and not spared and (cfg.layers is None or block_index(path) in cfg.layers)
 
 
-def linears(model: nn.Module) -> dict[str, nn.Module]:
-    return {path: layer for path, layer in model.named_modules() if is_linear(layer)}
+def linears(model: nn.Module) -> dict[str, Layer]:
+    return {path: cast(Layer, layer) for path, layer in model.named_modules() if is_linear(layer)}
 
 
 def inventory(paths: list[str]) -> str:
@@ -127,7 +131,7 @@ def inventory(paths: list[str]) -> str:
     return "Linears in this model: " + some([f"{leaf} x{n}" for leaf, n in counts.items()], most=12) + "."
 
 
-def find_targets(model: nn.Module, cfg: AdapterConfig) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, cfg: AdapterConfig) -> dict[str, Layer]:
     """{path: layer} of what `attach` would hit, in the model's order; touches nothing.
 
     Raises LoraLiteError for a model without Linears, patterns or block indices that match nothing, a layer whose weight is
@@ -183,7 +187,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> dict[str, nn.Module]:
     return chosen
 
 
-def refuse_uncalled(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+def refuse_uncalled(model: nn.Module, chosen: dict[str, Layer]) -> None:
     for path, module in model.named_modules():
         for child in ("out_proj",) if isinstance(module, nn.MultiheadAttention) else ():
             target = f"{path}.{child}".lstrip(".")
@@ -195,7 +199,7 @@ def refuse_uncalled(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
                 )
 
 
-def refuse_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+def refuse_tied(model: nn.Module, chosen: dict[str, Layer]) -> None:
     """A weight shared with an embedding or a layer outside the selection would be merged into both."""
     for path, layer in chosen.items():
         for other, module in model.named_modules():

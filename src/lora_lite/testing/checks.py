@@ -7,9 +7,8 @@ Tolerances are relative to the largest value of the reference unless the promise
 import copy
 import io
 import tempfile
-import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import safetensors.torch
@@ -25,6 +24,7 @@ from ..errors import LoraLiteError
 from ..io import load, read, save
 from ..merge import delta_weight, effective, merge, unmerge
 from ..runtime import adapters, disabled, param_groups, scale
+from ..targets import Layer
 from . import toy
 
 TOLERANCE = 2e-5  # float32, layers of this size
@@ -213,7 +213,7 @@ def check_gradients_flow(cls: Variant, cfg: AdapterConfig) -> None:
             (sign * (model(x) * probe).sum()).backward()
             for adapter in handle.layers.values():
                 for name, parameter in adapter.named_parameters():
-                    gradient = parameter.grad
+                    gradient = cast(Tensor, parameter.grad)
                     demand(gradient is not None, f"{name} takes no part in the output")
                     demand(gradient.isfinite().all(), f"the gradient of {name} is not finite")
                     if gradient.any():
@@ -272,7 +272,7 @@ def check_decay_spares_identity(cls: Variant, cfg: AdapterConfig) -> None:
 def check_detach_is_exact(cls: Variant, cfg: AdapterConfig) -> None:
     """Values, key order, flags, hooks and classes are as before attach, also on a deep copy."""
     model = toy.toy()
-    model.blocks[0].q_proj.weight.requires_grad_(False)
+    model.get_parameter("blocks.0.q_proj.weight").requires_grad_(False)
     before = photograph(model)
     handle = toy.perturb(toy.attached(model, cls, cfg))
     twin = copy.deepcopy(model)
@@ -338,7 +338,7 @@ def check_load_is_strict(cls: Variant, cfg: AdapterConfig) -> None:
         safetensors.torch.save_file(tensors, path, metadata=header)
         other = toy.toy()
         with torch.no_grad():
-            other.blocks[1].down_proj.weight[0, 0] += 1
+            other.get_parameter("blocks.1.down_proj.weight")[0, 0] += 1
         if any("blocks.1.down_proj" in k for k in tensors):
             refused(path, other, "blocks.1.down_proj")
 
@@ -521,7 +521,7 @@ def check_needs_data(cls: Variant, cfg: AdapterConfig) -> None:
             batch["x"][batch["attention_mask"] == 0] = filler
         wanted = [name for name in (*cls.needs(cfg), *cls.wants(cfg)) if ":" not in name]
         split = [{k: v[i : i + 1] for k, v in batch.items()} for batch in data for i in range(4)]
-        layers = {p: fresh.get_submodule(p) for p in ("blocks.0.q_proj", "blocks.1.down_proj")}
+        layers = {p: cast(Layer, fresh.get_submodule(p)) for p in ("blocks.0.q_proj", "blocks.1.down_proj")}
         whole, parts = measure(fresh, layers, wanted, data), measure(fresh, layers, wanted, split)
         for name in wanted:
             for path in layers:
@@ -547,7 +547,7 @@ def check_affine(cls: Variant, cfg: AdapterConfig) -> None:
         x = toy.inputs(3, 5, toy.WIDTH)
         with scale(model, coeff):
             for path, adapter in handle.layers.items():
-                layer = model.get_submodule(path)
+                layer = cast(Layer, model.get_submodule(path))
                 z = toy.inputs(7, adapter.d_in)
                 weight, bias, W = effective(layer, [adapter])
                 demand(error(layer(z), z.double() @ weight.T + bias) < TOLERANCE, f"{path} is not affine")
@@ -601,5 +601,5 @@ def check_isometry(cls: Variant, cfg: AdapterConfig) -> None:
 
 
 CHECKS: tuple[Any, ...] = tuple(
-    function for name, function in typing.cast(dict[str, Any], globals()).items() if name.startswith("check_")
+    function for name, function in cast(dict[str, Any], globals()).items() if name.startswith("check_")
 )

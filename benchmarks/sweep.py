@@ -1,0 +1,63 @@
+"""just sweep [NAME ...]: learning rates for the embedded benchmark, one record per variant in benchmarks/results/sweep.
+
+Every rate trains for STEPS steps of the default task and is scored on the validation modules: part of the training side of
+the split, excluded from training, so that held-out text chooses nothing. `full` sweeps full fine-tuning.
+"""
+
+import json
+import sys
+from typing import Any
+
+import transformers
+from rich.console import Console
+from rich.progress import track
+
+import lora_lite as ll
+from benchmarks.run import FULL, SWEEP, Settings, environment, fitting, load_base, make_task, run_full, train_variant
+
+STEPS = 80
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+FULL_RATES = (3e-4, 1e-3, 3e-3)
+
+
+def sweep(name: str, console: Console) -> dict[str, Any]:
+    settings = Settings(steps=STEPS, eval_windows=96, eval_every=0)
+    bare, tokenizer = load_base(settings)
+    task = make_task(settings, tokenizer, seed=0, scored="validation")
+    scores: dict[float, float] = {}
+    for rate in track(FULL_RATES if name == FULL else RATES, description=f"sweep {name}", console=console, transient=True):
+        try:
+            if name == FULL:
+                curve = run_full(settings, 0, lambda steps, _: steps, bare=bare, task=task, lr=rate)["curve"]
+            else:
+                cfg = fitting(bare, ll.config(name, lr=rate))
+                curve = train_variant(cfg, settings, lambda steps, _: steps, bare=bare, task=task)
+            scores[rate] = round(curve[-1][task.metric], 4)
+        except ll.LoraLiteError as diverged:
+            console.print(f"{name} at {rate:g}: {diverged}")
+    best = min(scores, key=lambda rate: scores[rate])
+    return {
+        "variant": name,
+        "best": best,
+        "validation_bits_per_byte": {f"{rate:g}": score for rate, score in scores.items()},
+        "untouched_base": round(task.evaluate(bare)[task.metric], 4),
+        "steps": STEPS,
+        "seeds": 1,
+        "environment": environment(),
+    }
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    console = Console()
+    SWEEP.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[1:] or [*ll.names(), FULL]:
+        found = sweep(name, console)
+        part = SWEEP / f".{name}.part"
+        part.write_text(json.dumps(found, indent=1) + "\n")
+        part.replace(SWEEP / f"{name}.json")
+        console.print(f"{name}: best {found['best']:g} of {found['validation_bits_per_byte']}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

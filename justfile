@@ -1,0 +1,49 @@
+# Every recipe makes the virtual environment it needs by itself; `just` alone lists them.
+
+python := ".venv/bin/python"
+
+# list the recipes
+[private]
+default:
+    @just --list --unsorted
+
+# make .venv with the pinned versions, only when it is missing or its inputs changed
+setup:
+    @bash .ci/setup
+
+# run the everyday test suite
+test *args: setup
+    {{ python }} -m pytest -q {{ args }}
+
+# format, lint, types, generated tables, tests
+check: setup
+    {{ python }} -m ruff format --check .
+    {{ python }} -m ruff check .
+    {{ python }} -m pyright
+    {{ python }} -m benchmarks.table --check
+    {{ python }} -m pytest -q
+
+# adapt a real model with one variant: just bench-variant lora r=4 steps=100 seeds=0,1,2
+bench-variant name *options: setup
+    @{{ python }} -m benchmarks.bench_variant {{ name }} {{ options }}
+
+# run the conformance suite on one variant
+contract name: setup
+    @{{ python }} -m lora_lite check {{ name }}
+
+# write a variant file, its test and its review page from templates
+new-variant name: setup
+    @{{ python }} -m lora_lite new {{ name }}
+    @{{ python }} -m benchmarks.table
+
+# write the README's table of variants from the registry and the committed records
+table: setup
+    @{{ python }} -m benchmarks.table
+
+# sweep learning rates on the embedded benchmark: just sweep lora hra (none: every variant)
+sweep *names: setup
+    @{{ python }} -m benchmarks.sweep {{ names }}
+
+# pretrain the embedded base again (about 35 minutes on two cores)
+pretrain-base: setup
+    @{{ python }} -m benchmarks.pretrain
