@@ -5,6 +5,7 @@ import torch
 
 import lora_lite as ll
 from lora_lite.subspace import OutputSubspace, contrast, scores
+from lora_lite.subspace import leading as leading_directions
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
 from tests.oracle import T64, adapted
@@ -294,6 +295,13 @@ def test_contrast_is_a_unit_vector_along_the_difference_of_means():
     stats = {f"y_sum/last:{k}": {"p": v} for k, v in sums.items()}
     stats |= {"n/last:positive": {"p": torch.tensor([2.0])}, "n/last:negative": {"p": torch.tensor([1.0])}}
     assert error(contrast(cfg, stats, "p", torch.zeros(1)), torch.tensor([0.6, -0.8])) < 1e-6
+
+
+def test_leading_directions_stay_orthonormal_where_the_moment_has_too_small_a_rank():
+    first = toy.inputs(6, dtype=torch.float64)
+    V = leading_directions(torch.outer(first, first), 4, first)
+    assert error(V.T @ V, torch.eye(4)) < 1e-9
+    assert error(V[:, 0], first / first.norm()) < 1e-12
 
 
 def test_a_child_without_tensors_or_core_is_told_so():
