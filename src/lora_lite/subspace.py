@@ -74,9 +74,10 @@ class OutputSubspace(Adapter):
     claims = Claims(rank=lambda cfg: cfg.r)
 
     U: Float[Tensor, "o r"]
+    sigma: Float[Tensor, " r"]  # of the children that declare it
 
     @classmethod
-    def param_specs(cls, d_in: int, d_out: int, cfg: Any) -> Specs:
+    def param_specs(cls, d_in: int, d_out: int, cfg: Any) -> Specs:  # type: ignore[override]  # reads the child's core
         refuse_rank(cfg.r, d_in, d_out)
         return {**cls.core_specs(cfg), "U": ParamSpec((d_out, cfg.r), trainable=False)}
 
