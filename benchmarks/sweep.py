@@ -15,13 +15,13 @@ from rich.progress import track
 import lora_lite as ll
 from benchmarks.run import FULL, SWEEP, Settings, environment, fitting, load_base, make_task, run_full, train_variant
 
-STEPS = 80
+STEPS = 40
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 FULL_RATES = (3e-4, 1e-3, 3e-3)
 
 
 def sweep(name: str, console: Console) -> dict[str, Any]:
-    settings = Settings(steps=STEPS, eval_windows=96, eval_every=0)
+    settings = Settings(steps=STEPS, eval_windows=64, eval_every=0)
     bare, tokenizer = load_base(settings)
     task = make_task(settings, tokenizer, seed=0, scored="validation")
     scores: dict[float, float] = {}

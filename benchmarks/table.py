@@ -1,4 +1,7 @@
-"""The README's table of variants, from the registry and the committed records; `--check` fails when it is stale."""
+"""The generated parts of the README, from the registry and the committed records; `--check` fails when one is stale.
+
+variants  the table       example  the shortest variant file, whole       base  how well the embedded base predicts prose
+"""
 
 import json
 import sys
@@ -6,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import lora_lite as ll
+import lora_lite.variants
 from benchmarks.report import final
+from benchmarks.run import BASE
 from lora_lite.registry import card
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- variants: written by `just table` -->", "<!-- end of variants -->"
+VARIANTS = Path(lora_lite.variants.__file__).parent
 
 
 def record(name: str) -> dict[str, Any] | None:
@@ -24,8 +29,8 @@ def row(name: str) -> str:
     cls = ll.get(name)
     fields = card(cls)
     what = fields["title"].partition(": ")[2].rstrip(".")
-    source = fields.get("paper", "").partition(",")[0]
-    if (arxiv := fields.get("paper", "").partition("arXiv:")[2][:10]) and "arXiv:" in fields["paper"]:
+    source, _, rest = fields.get("paper", "").partition(", arXiv:")
+    if arxiv := rest[:10]:
         source += f", [{arxiv}](https://arxiv.org/abs/{arxiv})"
     found = record(name)
     figures = ["-"] * 5
@@ -66,30 +71,48 @@ def caption() -> str:
     if full:
         text += f", full fine-tuning reaches {final(full['runs'][0])['code_bits_per_byte']:.3f}"
     return (
-        f"{text}. Learning rates from a sweep on a validation part of the training text ([record](benchmarks/results/sweep.json)). "
-        f"One seed does not rank methods. {where['threads']} CPU threads, torch {where['torch']}; step time is forward + backward "
+        f"{text}. Learning rates from a sweep on a validation part of the training text "
+        "([records](benchmarks/results/sweep)).\nOne seed does not rank methods. "
+        f"{where['threads']} CPU threads, torch {where['torch']}; step time is forward + backward\n"
         "beside the bare frozen model in the same run. Records: [benchmarks/results](benchmarks/results)."
     )
 
 
-def section() -> str:
-    return f"{BEGIN}\n{table()}\n\n{caption()}\n{END}"
+def example() -> str:
+    """The shortest variant file, whole, as a code block."""
+    path = min((VARIANTS / f"{name}.py" for name in ll.names()), key=lambda p: (len(p.read_text().splitlines()), p.name))
+    return f"This is a whole variant, `src/lora_lite/variants/{path.name}`:\n\n```python\n{path.read_text()}```"
 
 
-def current(readme: str) -> str:
-    """The part of the README between the marks, marks included."""
-    return readme[readme.index(BEGIN) : readme.index(END) + len(END)]
+def base() -> str:
+    found = json.loads((BASE / "pretrain.json").read_text())["held_out_bits_per_byte"]
+    return (
+        f"The embedded base predicts held-out English technical prose at {found['model']:.2f} bits per byte; on the same bytes\n"
+        f"`zlib -9` needs {found['zlib -9']:.2f} and `lzma -9e` {found['lzma -9e']:.2f} ([recipe, log and figures](benchmarks/base)).\n"
+        "Which modules and topics are held out follows from a hash of their names."
+    )
+
+
+PARTS = {"variants": lambda: f"{table()}\n\n{caption()}", "example": example, "base": base}
+
+
+def fresh(readme: str) -> str:
+    """The README with every generated part written anew."""
+    for name, write in PARTS.items():
+        begin, end = f"<!-- {name}: written by `just table` -->", f"<!-- end of {name} -->"
+        head, tail = readme[: readme.index(begin)], readme[readme.index(end) :]
+        readme = f"{head}{begin}\n{write()}\n{tail}"
+    return readme
 
 
 def main() -> None:
     path = ROOT / "README.md"
     readme = path.read_text()
-    fresh = readme.replace(current(readme), section())
     if "--check" in sys.argv:
-        if fresh != readme:
-            sys.exit("README.md: the table of variants is stale: just table")
+        if fresh(readme) != readme:
+            sys.exit("README.md is stale: just table")
         return
-    path.write_text(fresh)
+    path.write_text(fresh(readme))
 
 
 if __name__ == "__main__":

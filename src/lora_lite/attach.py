@@ -77,7 +77,19 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
     refuse_name(model, targets, name)
     adapters = {path: build(cls, path, layer, cfg) for path, layer in targets.items()}
     stats = statistics(cls, cfg, model, targets, calibration_data)
-    with torch.no_grad():
+    fill(cls, cfg, targets, adapters, stats)
+    refuse_non_finite(adapters)
+    install(model, targets, adapters, name, cfg)
+    return handle(model, name, cfg, adapters)
+
+
+@torch.no_grad()
+def fill(
+    cls: type[Adapter], cfg: AdapterConfig, targets: dict[str, Layer], adapters: dict[str, Adapter], stats: Stats
+) -> None:
+    """Declared starts, then `init` layer by layer, then `group_init`; in full precision also under the caller's autocast."""
+    device = next(iter(targets.values())).weight.device.type
+    with torch.autocast(device, enabled=False):
         for path, adapter in adapters.items():
             adapter.start(path)
             if cls.init is not Adapter.init:
@@ -86,9 +98,6 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
         if cls.group_init is not Adapter.group_init:
             with seeded(cfg.seed, "group_init"):
                 cls.group_init(adapters, stats, cfg)
-    refuse_non_finite(adapters)
-    install(model, targets, adapters, name, cfg)
-    return handle(model, name, cfg, adapters)
 
 
 def handle(model: nn.Module, name: str, cfg: AdapterConfig, adapters: dict[str, Adapter]) -> Attached:

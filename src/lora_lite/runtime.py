@@ -193,7 +193,7 @@ class Status:
     def __str__(self) -> str:
         if not self.layers:
             return "no adapters"
-        head = ("adapter", "layer", "variant", "trainable", "frozen", "dtype", "coeff", "state")
+        head = ("adapter", "layer", "variant", "trainable", "frozen", "dtype", "coeff", "state", "report")
         rows = [
             (
                 r.name,
@@ -204,10 +204,11 @@ class Status:
                 str(r.dtype).removeprefix("torch."),
                 short(r.coeff),
                 r.state,
+                " ".join(f"{key}={value:.3g}" for key, value in r.report.items()),
             )
             for r in self.layers
         ]
-        rows.append(("total", f"{len(self.layers)} layers", "", f"{self.trainable:,}", f"{self.frozen:,}", "", "", ""))
+        rows.append(("total", f"{len(self.layers)} layers", "", f"{self.trainable:,}", f"{self.frozen:,}", "", "", "", ""))
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in (head, *rows))
 

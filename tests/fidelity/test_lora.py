@@ -72,7 +72,7 @@ def test_orthogonal_start_product_vanishes():
 
 
 def test_orthogonal_start_needs_an_even_rank():
-    with pytest.raises(ll.LoraLiteError, match="o_proj.*r=5 is odd"):
+    with pytest.raises(ll.LoraLiteError, match=r"o_proj.*r=5 is odd"):
         adapted(ll.LoRAConfig(r=5, init="orthogonal"))
 
 
