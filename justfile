@@ -25,7 +25,7 @@ check: setup
 
 # adapt a real model with one variant: just bench-variant lora r=4 steps=100 seeds=0,1,2
 bench-variant name *options: setup
-    @{{ python }} -m benchmarks.bench_variant {{ name }} {{ options }}
+    @{{ python }} -m benchmarks {{ name }} {{ options }}
 
 # run the conformance suite on one variant
 contract name: setup

@@ -138,7 +138,3 @@ def main(
     except KeyboardInterrupt:
         console.print("stopped; nothing was written")
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -97,13 +97,15 @@ class Code:
 
     @cached_property
     def windows(self) -> dict[str, tuple[Tensor, float]]:
-        """{text: (rows of tokens, bytes per token)} of the held-out texts."""
+        """{text: (rows of tokens, bytes per token)}: evenly spaced passages of the scored texts, a window of each."""
         chosen = {}
         for name, content in self.held_out.items():
-            tokens = self.tokens(content.decode())
-            rows = tokens.unfold(0, self.window + 1, self.window)
-            kept = torch.linspace(0, len(rows) - 1, min(self.eval_windows, len(rows))).long()
-            chosen[name] = rows[kept], len(content) / len(tokens)
+            passage, last = content.decode(), len(content.decode()) - self.characters
+            starts = torch.linspace(0, last, min(self.eval_windows, last // self.window)).long().tolist()
+            passages = [passage[start : start + self.characters] for start in starts]
+            tokens = [self.tokens(passage) for passage in passages]
+            size = sum(len(passage.encode()) for passage in passages) / sum(map(len, tokens))
+            chosen[name] = torch.stack([row[: self.window + 1] for row in tokens if len(row) > self.window]), size
         return chosen
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -6,6 +6,7 @@ alone, so the split depends neither on order nor on the machine, and a module he
 
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import sysconfig
@@ -52,6 +53,7 @@ def modules(root: Path) -> Iterator[tuple[str, Path]]:
     yield from sorted(found.items())
 
 
+@functools.cache
 def code(*parts: Part) -> dict[str, str]:
     """Source text of the standard library's modules in these parts."""
     chosen = ((name, path) for name, path in modules(standard_library()) if part_of(name) in parts)
@@ -68,6 +70,7 @@ def docstrings(source: str) -> str:
     return "\n\n".join(text for text in texts if text and len(text) >= SHORTEST_PARAGRAPH)
 
 
+@functools.cache
 def prose(held_out: bool) -> dict[str, str]:
     """The language reference and the docstrings of the standard library on one side of the split."""
     from pydoc_data.topics import topics

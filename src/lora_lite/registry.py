@@ -41,6 +41,8 @@ def register(cls: T | None = None, *, name: str | None = None) -> T | Callable[[
     """
     if cls is None:
         return functools.partial(register, name=name)  # type: ignore[return-value]
+    if not (isinstance(cls, type) and issubclass(cls, Adapter)):
+        raise LoraLiteError(f"{cls!r} cannot be registered.", expected="A variant is a subclass of lora_lite.Adapter.")
     cls.variant = name or cls.__name__.lower()
     validate(cls)
     cls.citation = cls.__dict__.get("citation") or card(cls).get("paper", "")
@@ -75,8 +77,6 @@ def validate(cls: type[Adapter]) -> None:
     def refuse(fault: str, expected: str, fix: str) -> None:
         raise LoraLiteError(f"{cls.__module__}: {cls.__name__} cannot be registered: {fault}.", expected=expected, fix=fix)
 
-    if not (isinstance(cls, type) and issubclass(cls, Adapter)):
-        raise LoraLiteError(f"{cls!r} cannot be registered.", expected="A variant is a subclass of lora_lite.Adapter.")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", cls.variant):
         refuse(f"the name {cls.variant!r}", "Lower-case letters, digits and underscores.", '@register(name="mine")')
     config: Any = getattr(cls, "Config", None)

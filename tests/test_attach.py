@@ -1,0 +1,330 @@
+"""Targets, the handle, several adapters on one model, optimizer groups, and the models of the field."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+from lora_lite.testing import toy
+from lora_lite.testing.checks import demand_same, error, photograph
+
+
+@pytest.fixture
+def qwen():
+    """Qwen3 with random weights: the projections' usual names, an output head tied to the embedding."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, tie_word_embeddings=True, use_cache=False,
+    )  # fmt: skip
+    return toy.seeded(lambda: transformers.Qwen3ForCausalLM(config)).eval()
+
+
+IDS = torch.arange(24).reshape(2, 12)
+
+
+def test_all_linear_takes_the_seven_projections_of_every_block_and_not_the_head(qwen):
+    before = photograph(qwen)
+    found = ll.find_targets(qwen, ll.config("lora"))
+    assert len(found) == 21
+    assert not [path for path in found if "lm_head" in path]
+    assert all(found[path] is qwen.get_submodule(path) for path in found)
+    demand_same(qwen, before, "after find_targets")
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({"targets": ("q_proj", "v_proj")}, 6),
+        ({"targets": (r"[qk]_proj$",)}, 6),
+        ({"targets": r"layers\.1\..*mlp"}, 3),
+        ({"targets": ("o_proj",), "layers": (0, 2)}, 2),
+        ({"layers": [1]}, 7),
+        ({"exclude": ("lm_head", "mlp")}, 12),
+        ({"roles": ("writer",)}, 6),
+        ({"roles": ("reader",)}, 15),
+    ],
+)
+def test_targets_exclude_layers_and_roles(qwen, fields, count):
+    assert len(ll.find_targets(qwen, ll.config("lora", **fields))) == count
+
+
+def test_rank_pattern_sets_the_rank_of_the_layers_it_matches(qwen):
+    handle = ll.attach(qwen, ll.config("lora", r=4, targets=("q_proj", "k_proj"), rank_pattern={r"layers\.0.*q_proj": 2}))
+    ranks = {path: a.A.shape[0] for path, a in handle.layers.items()}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 2
+    assert ranks["model.layers.1.self_attn.q_proj"] == 4
+
+
+def test_real_model_trains_only_the_adapter_and_comes_back_exactly(qwen):
+    before, wanted = photograph(qwen), qwen(input_ids=IDS).logits
+    with ll.attach(qwen, ll.config("dora", r=4)) as handle:
+        assert torch.equal(qwen(input_ids=IDS).logits, wanted)
+        optimizer = torch.optim.AdamW(ll.param_groups(qwen, lr=1e-2))
+        losses = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = qwen(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+        trained = {name for name, p in qwen.named_parameters() if p.requires_grad}
+        assert all(".default." in name for name in trained)
+        assert len(list(handle.parameters())) == len(trained)
+    demand_same(qwen, before, "after training and detach")
+
+
+def test_gpt2_conv1d_is_a_linear_with_a_transposed_weight():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, use_cache=False)
+    model = toy.seeded(lambda: transformers.GPT2LMHeadModel(config)).eval()
+    before = photograph(model)
+    wanted = model(input_ids=IDS).logits
+    for name in ("lora", "dora", "pissa", "antipasto"):
+        handle = ll.attach(model, ll.config(name, r=8, targets=("c_attn", "c_proj")))
+        assert torch.equal(model(input_ids=IDS).logits, wanted)
+        toy.perturb(handle, 0.2)
+        adapted = model(input_ids=IDS).logits
+        assert error(adapted, wanted) > 1e-3
+        assert ll.delta_weight(model, "transformer.h.0.attn.c_attn").shape == (96, 32)
+        ll.merge(model)
+        assert error(model(input_ids=IDS).logits, adapted) < 1e-5
+        handle.detach()
+        demand_same(model, before, f"after {name}")
+
+
+def test_adapters_of_different_variants_and_sides_stack_in_any_mixture(tmp_path):
+    """Each is disabled, scaled, saved and detached alone; the rest gives what it gives without it."""
+    model, x = toy.toy(), toy.inputs(3, 5, toy.WIDTH)
+    base = photograph(model)
+    plan = {"turn": ll.config("oft", targets=("q_proj", "up_proj")), "low": ll.config("lora", r=4), "gain": ll.config("ia3")}
+    for seed, (name, cfg) in enumerate(plan.items()):
+        toy.perturb(ll.attach(model, cfg, name=name), seed=seed)
+    everything = model(x)
+    for name in plan:
+        ll.save(model, tmp_path / f"{name}.safetensors", name=name)
+        with ll.disabled(model, name):
+            without = model(x)
+        assert error(without, everything) > 1e-3
+        fresh = toy.toy()
+        for other in plan:
+            if other != name:
+                if not (tmp_path / f"{other}.safetensors").exists():
+                    ll.save(model, tmp_path / f"{other}.safetensors", name=other)
+                ll.load(fresh, tmp_path / f"{other}.safetensors")
+        assert torch.equal(fresh(x), without)
+    with ll.scale(model, 0.5, name="gain"):
+        half = model(x)
+    assert error(half, everything) > 1e-4
+    assert torch.equal(model(x), everything)
+    ll.merge(model)
+    assert error(model(x), everything) < 1e-5
+    ll.unmerge(model)
+    ll.detach(model, "low")
+    assert ll.status(model).layers[0].name == "turn"
+    ll.detach(model)
+    demand_same(model, base, "after all left")
+
+
+def test_scale_sets_at_once_and_as_a_context_gives_the_old_value_back():
+    model = toy.toy()
+    handle = ll.attach(model, ll.config("lora"))
+    ll.scale(model, 0.25)
+    with handle.scale(2):
+        assert {a.coeff for a in handle.layers.values()} == {2.0}
+    assert {row.coeff for row in ll.status(model).layers} == {0.25}
+    with pytest.raises(RuntimeError), handle.scale(3.0):
+        raise RuntimeError
+    assert {row.coeff for row in ll.status(model).layers} == {0.25}
+
+
+def test_disabled_does_no_adapter_work():
+    model = toy.toy()
+    handle = ll.attach(model, ll.config("lora"))
+
+    def explode(*_):
+        raise AssertionError("the adapter ran")
+
+    for adapter in handle.layers.values():
+        adapter.forward = explode
+    with ll.disabled(model):
+        model(toy.inputs(2, 24))
+    with pytest.raises(AssertionError, match="the adapter ran"):
+        model(toy.inputs(2, 24))
+
+
+def test_param_groups_take_each_config_s_rate_and_decay_where_declared():
+    model = toy.toy()
+    ll.attach(model, ll.config("dora", r=4, lr=3e-4), name="a")
+    ll.attach(model, ll.config("ia3", lr=7e-3), name="b")
+    groups = {(g["lr"], g["weight_decay"]): len(g["params"]) for g in ll.param_groups(model, weight_decay=0.1)}
+    assert groups == {(3e-4, 0.1): 16, (3e-4, 0.0): 8, (7e-3, 0.1): 8}
+    assert {g["lr"] for g in ll.param_groups(model, lr=1.0)} == {1.0}
+    torch.optim.AdamW(ll.param_groups(model))
+
+
+def test_attached_context_detaches_after_an_error():
+    model = toy.toy()
+    before = photograph(model)
+    with pytest.raises(RuntimeError), ll.attach(model, ll.config("lora")):
+        raise RuntimeError
+    demand_same(model, before, "after an error inside the context")
+
+
+def test_status_prints_a_table():
+    model = toy.toy()
+    assert str(ll.status(model)) == "no adapters"
+    ll.attach(model, ll.config("antipasto", r=4), name="gain", calibration_data=None)
+    text = str(ll.status(model))
+    assert "dead or not run yet" in text
+    model(toy.inputs(2, 24))
+    text = str(ll.status(model))
+    assert "fired" in text
+    assert text.splitlines()[-1].startswith("total")
+    ll.merge(model)
+    assert "merged" in str(ll.status(model))
+
+
+def test_random_starts_depend_on_seed_and_path_only():
+    """Not on the order of layers, not on the global generator, and they leave it alone."""
+    cfg = ll.config("lora", r=4)
+    model, alone = toy.toy(), toy.toy()
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    whole = ll.attach(model, cfg).layers
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.manual_seed(2)
+    part = ll.attach(alone, ll.config("lora", r=4, targets=(r"blocks\.1\.up_proj",))).layers
+    assert torch.equal(part["blocks.1.up_proj"].A, whole["blocks.1.up_proj"].A)
+    assert not torch.equal(whole["blocks.0.up_proj"].A, whole["blocks.1.up_proj"].A)
+    other = ll.attach(toy.toy(), ll.config("lora", r=4, seed=1)).layers
+    assert not torch.equal(other["blocks.1.up_proj"].A, whole["blocks.1.up_proj"].A)
+
+
+def test_autocast_around_attach_changes_nothing():
+    plain = ll.attach(toy.toy(), ll.config("pissa", r=4)).layers
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = ll.attach(toy.toy(), ll.config("pissa", r=4)).layers
+    for path, adapter in plain.items():
+        assert all(torch.equal(t, inside[path].state_dict()[k]) for k, t in adapter.state_dict().items())
+
+
+def test_float64_base_starts_and_merges_in_float64():
+    model = toy.one(24, 32, dtype=torch.float64)
+    handle = toy.perturb(ll.attach(model, ll.config("pissa", r=4, dtype=torch.float64)))
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    wanted = model(x)
+    ll.merge(model)
+    assert error(model(x), wanted) < 1e-12
+    handle.detach()
+
+
+def test_merge_that_fails_half_way_leaves_nothing_merged(monkeypatch):
+    import sys
+
+    model = toy.toy()
+    toy.perturb(ll.attach(model, ll.config("lora")))
+    before = photograph(model)
+    module = sys.modules["lora_lite.merge"]
+    swap, calls = module.swap, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        swap(*arguments)
+
+    monkeypatch.setattr(module, "swap", failing)
+    with pytest.raises(KeyboardInterrupt):
+        ll.merge(model)
+    demand_same(model, before, "after an interrupted merge")
+    assert not any(row.merged for row in ll.status(model).layers)
+
+
+def test_merge_in_bfloat16_is_one_rounding_of_the_effective_weight():
+    model = toy.toy().to(torch.bfloat16)
+    toy.perturb(ll.attach(model, ll.config("lora", r=4)), 0.05)
+    layer = model.blocks[0].q_proj
+    wanted = (layer.weight.double() + ll.delta_weight(model, "blocks.0.q_proj").double()).to(torch.bfloat16)
+    ll.merge(model)
+    assert torch.equal(layer.weight, wanted)
+    ll.unmerge(model)
+
+
+def test_deepcopy_of_a_stack_detaches_on_its_own():
+    model = toy.toy()
+    before = photograph(model)
+    ll.attach(model, ll.config("lora"), name="a")
+    ll.attach(model, ll.config("hra", r=4), name="b")
+    twin = copy.deepcopy(model)
+    ll.detach(twin, "a")
+    assert {row.name for row in ll.status(model).layers} == {"a", "b"}
+    ll.detach(twin)
+    demand_same(twin, before, "after detach of the copy")
+
+
+def test_state_dict_keeps_the_base_keys_in_place():
+    model = toy.toy()
+    keys = list(model.state_dict())
+    ll.attach(model, ll.config("lora"), name="style")
+    assert [k for k in model.state_dict() if ".style." not in k] == keys
+
+
+def test_configs_are_frozen_equal_and_exported():
+    assert ll.LoRAConfig(r=4) == ll.config("lora", r=4)
+    for name in ll.names():
+        assert getattr(ll, ll.get(name).Config.__name__) is ll.get(name).Config
+    with pytest.raises(AttributeError):
+        ll.LoRAConfig().r = 3
+    with pytest.raises(AttributeError, match="Closest name: LoRAConfig"):
+        ll.LoraConfig  # noqa: B018
+    assert ll.LoRAConfig(dtype="bfloat16").dtype is torch.bfloat16
+    assert ll.LoRAConfig.from_json(ll.LoRAConfig(targets="q_proj", layers=[1, 2]).to_json()).layers == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "word"),
+    [
+        (lambda ns: ns.pop("param_specs"), "param_specs is missing"),
+        (lambda ns: ns.pop("forward"), "neither forward nor forward_input"),
+        (lambda ns: ns.update(forward=lambda self, x, y: y), "Missing: base"),
+        (lambda ns: ns.update(Config=dict), "Config is"),
+        (lambda ns: ns.update(needs=staticmethod(lambda cfg: ("n",))), "no group_init"),
+        (lambda ns: ns.update(init=lambda self: None), "init(self, W)"),
+    ],
+)
+def test_registration_refuses_what_breaks_the_contract(break_it, word):
+    from tests.test_faults import Sound, SoundConfig
+
+    space = {"Config": SoundConfig, "param_specs": Sound.__dict__["param_specs"], "forward": Sound.forward}
+    break_it(space)
+    names = ll.names()
+    with pytest.raises(ll.LoraLiteError, match=word.replace("(", r"\(").replace(")", r"\)")):
+        ll.register(type("Broken", (ll.Adapter,), space))
+    assert ll.names() == names
+
+
+def test_registration_refuses_a_name_in_use_and_a_class_that_is_no_adapter():
+    from tests.test_faults import Sound
+
+    with pytest.raises(ll.LoraLiteError, match="has that name"):
+        ll.register(name="lora")(type("Other", (Sound,), {}))
+    with pytest.raises(ll.LoraLiteError, match="subclass of"):
+        ll.register(nn.Linear)
+
+
+def test_param_specs_that_cannot_be():
+    from lora_lite.spec import ParamSpec
+
+    for fields, word in (
+        ({"shape": ()}, r"\(1,\)"),
+        ({"shape": (0, 2)}, "at least 1"),
+        ({"shape": (2,), "start": "zeros"}, "function of the shape"),
+        ({"shape": (2,), "decay": True}, "identity is 0"),
+        ({"shape": (2,), "decay": True, "identity": 1.0}, "identity is 0"),
+    ):
+        with pytest.raises(ll.LoraLiteError, match=word):
+            ParamSpec(**fields)
