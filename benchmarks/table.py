@@ -87,7 +87,8 @@ def example() -> str:
 def base() -> str:
     found = json.loads((BASE / "pretrain.json").read_text())["held_out_bits_per_byte"]
     return (
-        f"The embedded base predicts held-out English technical prose at {found['model']:.2f} bits per byte;\non the same bytes "
+        f"The embedded base predicts held-out English technical prose at {found['model']:.2f} bits per byte;\n"
+        "on the same bytes "
         f"`zlib -9` needs {found['zlib -9']:.2f} and `lzma -9e` {found['lzma -9e']:.2f} "
         "([recipe, log and figures](benchmarks/base)).\n"
         "Which modules and topics are held out follows from a hash of their names."

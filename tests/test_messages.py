@@ -141,7 +141,9 @@ def test_contrast_from_unlabelled_or_one_sided_data():
 
 def test_calibration_data_that_would_be_ignored():
     model = toy.toy()
-    refusal(lambda: ll.attach(model, ll.config("lora"), toy.batches()), "would be ignored", model=model)
+    refusal(
+        lambda: ll.attach(model, ll.config("lora"), toy.batches()), "would be ignored", "ll.attach(model, cfg)", model=model
+    )
 
 
 def test_layer_that_is_never_called_is_named_by_calibration():

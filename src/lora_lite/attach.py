@@ -10,7 +10,7 @@ from torch import nn
 
 from . import runtime
 from .adapter import Adapter, Group, seeded
-from .calibrate import Stats, Weights, measure
+from .calibrate import LABELS, Stats, Weights, measure
 from .config import AdapterConfig
 from .errors import LoraLiteError, some
 from .registry import variant_of
@@ -73,10 +73,12 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
         )
     cls = variant_of(cfg)
     refuse_wrapped(model)
+    wanted = wanted_statistics(cls, cfg, calibration_data)
     targets = find_targets(model, cfg)
     refuse_name(model, targets, name)
     adapters = {path: build(cls, path, layer, cfg) for path, layer in targets.items()}
-    stats = statistics(cls, cfg, model, targets, calibration_data)
+    with runtime.disabled(model):
+        stats = measure(model, targets, wanted, calibration_data) if wanted else {"weight": Weights(targets)}
     fill(cls, cfg, targets, adapters, stats)
     refuse_non_finite(adapters)
     install(model, targets, adapters, name, cfg)
@@ -84,9 +86,7 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
 
 
 @torch.no_grad()
-def fill(
-    cls: type[Adapter], cfg: AdapterConfig, targets: dict[str, Layer], adapters: dict[str, Adapter], stats: Stats
-) -> None:
+def fill(cls: type[Adapter], cfg: AdapterConfig, targets: dict[str, Layer], adapters: dict[str, Adapter], stats: Stats) -> None:
     """Declared starts, then `init` layer by layer, then `group_init`; in full precision also under the caller's autocast."""
     device = next(iter(targets.values())).weight.device.type
     with torch.autocast(device, enabled=False):
@@ -120,26 +120,24 @@ def build(cls: type[Adapter], path: str, layer: Layer, cfg: AdapterConfig) -> Ad
         raise LoraLiteError(f"{path} (d_in={d_in}, d_out={d_out}): {error}") from error
 
 
-def statistics(cls: type[Adapter], cfg: AdapterConfig, model: nn.Module, targets: dict[str, Layer], data: Any) -> Stats:
-    """What the variant needs or wants, measured on the base model; refused where data is missing or would be ignored."""
+def wanted_statistics(cls: type[Adapter], cfg: AdapterConfig, data: Any) -> tuple[str, ...]:
+    """Names of what to measure; refused where data is missing or would be ignored."""
     needed, wanted = cls.needs(cfg), cls.wants(cfg)
-    if data is None:
-        if needed:
-            raise LoraLiteError(
-                f"{cls.variant} starts from data and calibration_data is missing.",
-                expected=f"Statistics: {', '.join(needed)}.",
-                fix="ll.attach(model, cfg, calibration_data=batches)",
-            )
-        return {"weight": Weights(targets)}
-    if not needed and not wanted:
+    if data is None and needed:
         raise LoraLiteError(
-            f"{cls.variant} with these options starts without data; calibration_data would be ignored.",
-            fix="ll.attach(model, cfg)",
+            f"{cls.variant} starts from data and calibration_data is missing.",
+            expected=f"Statistics: {', '.join(needed)}.",
+            fix="ll.attach(model, cfg, calibration_data=batches)",
         )
-    unlabelled = not (isinstance(data, dict) and set(data) == {"positive", "negative"})
-    available = [name for name in wanted if name not in needed and not (unlabelled and ":" in name)]
-    with runtime.disabled(model):
-        return measure(model, targets, (*needed, *available), data)
+    labelled = isinstance(data, dict) and set(data) == set(LABELS)
+    names = () if data is None else (*needed, *(name for name in wanted if labelled or ":" not in name))
+    if data is not None and not names:
+        raise LoraLiteError(
+            f"{cls.variant} with these options takes nothing from such calibration_data; it would be ignored.",
+            found=f"With labels it would take {', '.join(wanted)}." if wanted else "",
+            fix='calibration_data={"positive": batches, "negative": other_batches}' if wanted else "ll.attach(model, cfg)",
+        )
+    return tuple(dict.fromkeys(names))
 
 
 def refuse_name(model: nn.Module, targets: dict[str, Layer], name: str) -> None:

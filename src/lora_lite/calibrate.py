@@ -59,7 +59,7 @@ class Weights(Mapping[str, Tensor]):
         return len(self.layers)
 
 
-Stats = dict[str, Mapping[str, Tensor]]
+Stats = Mapping[str, Mapping[str, Tensor]]
 
 
 def parse(name: str) -> tuple[str, str, str | None]:

@@ -83,11 +83,7 @@ def validate(cls: type[Adapter]) -> None:
     if not (isinstance(config, type) and issubclass(config, AdapterConfig)):
         refuse(f"Config is {config!r}", "A subclass of AdapterConfig.", f"Config = {cls.__name__}Config")
     params = vars(config).get("__dataclass_params__")
-    if (
-        params is None
-        or not params.frozen
-        or any(not f.kw_only for f in dataclasses.fields(config))
-    ):
+    if params is None or not params.frozen or any(not f.kw_only for f in dataclasses.fields(config)):
         refuse(f"{config.__name__} is not a frozen keyword-only dataclass", "", "@dataclass(frozen=True, kw_only=True)")
     if cls.param_specs is Adapter.param_specs:
         refuse("param_specs is missing", "Every tensor is declared.", "def param_specs(d_in, d_out, cfg): ...")
