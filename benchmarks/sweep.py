@@ -1,7 +1,8 @@
 """just sweep [NAME ...]: learning rates for the embedded benchmark, one record per variant in benchmarks/results/sweep.
 
-Every rate trains for STEPS steps of the default task and is scored on the validation modules: part of the training side of
-the split, excluded from training, so that held-out text chooses nothing. `full` sweeps full fine-tuning.
+Every rate trains for STEPS steps of the default task and is scored on the validation modules: they belong to neither training
+nor test, so that held-out text chooses nothing. Three rates first, then outwards until the best one has a worse one on both
+sides. `full` sweeps full fine-tuning.
 """
 
 import json
@@ -10,14 +11,22 @@ from typing import Any
 
 import transformers
 from rich.console import Console
-from rich.progress import track
 
 import lora_lite as ll
 from benchmarks.run import FULL, SWEEP, Settings, environment, fitting, load_base, make_task, run_full, train_variant
 
 STEPS = 40
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-FULL_RATES = (3e-4, 1e-3, 3e-3)
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+FIRST = (1e-3, 3e-3, 1e-2)
+
+
+def next_rate(scores: dict[float, float]) -> float | None:
+    """The next rung to try: the first ones, then outwards while the best rate is the lowest or the highest tried."""
+    for rate in FIRST:
+        if rate not in scores:
+            return rate
+    best = LADDER.index(min(scores, key=lambda rate: scores[rate]))
+    return next((LADDER[i] for i in (best - 1, best + 1) if 0 <= i < len(LADDER) and LADDER[i] not in scores), None)
 
 
 def sweep(name: str, console: Console) -> dict[str, Any]:
@@ -25,21 +34,22 @@ def sweep(name: str, console: Console) -> dict[str, Any]:
     bare, tokenizer = load_base(settings)
     task = make_task(settings, tokenizer, seed=0, scored="validation")
     scores: dict[float, float] = {}
-    for rate in track(FULL_RATES if name == FULL else RATES, description=f"sweep {name}", console=console, transient=True):
-        try:
-            if name == FULL:
-                curve = run_full(settings, 0, lambda steps, _: steps, bare=bare, task=task, lr=rate)["curve"]
-            else:
-                cfg = fitting(bare, ll.config(name, lr=rate))
-                curve = train_variant(cfg, settings, lambda steps, _: steps, bare=bare, task=task)
-            scores[rate] = round(curve[-1][task.metric], 4)
-        except ll.LoraLiteError as diverged:
-            console.print(f"{name} at {rate:g}: {diverged}")
-    best = min(scores, key=lambda rate: scores[rate])
+    with console.status(f"sweep {name}"):
+        while (rate := next_rate(scores)) is not None:
+            try:
+                if name == FULL:
+                    curve = run_full(settings, 0, lambda steps, _: steps, bare=bare, task=task, lr=rate)["curve"]
+                else:
+                    cfg = fitting(bare, ll.config(name, lr=rate))
+                    curve = train_variant(cfg, settings, lambda steps, _: steps, bare=bare, task=task)
+                scores[rate] = round(curve[-1][task.metric], 4)
+            except ll.LoraLiteError as diverged:
+                console.print(f"{name} at {rate:g}: {diverged}")
+                scores[rate] = float("inf")
     return {
         "variant": name,
-        "best": best,
-        "validation_bits_per_byte": {f"{rate:g}": score for rate, score in scores.items()},
+        "best": min(scores, key=lambda rate: scores[rate]),
+        "validation_bits_per_byte": {f"{rate:g}": scores[rate] for rate in sorted(scores)},
         "untouched_base": round(task.evaluate(bare)[task.metric], 4),
         "steps": STEPS,
         "seeds": 1,

@@ -307,6 +307,194 @@ def test_registration_refuses_what_breaks_the_contract(break_it, word):
     assert ll.names() == names
 
 
+def test_registration_refuses_a_config_of_another_variant_and_swapped_arguments():
+    """The config tells which variant is meant: with a shared one the parent would run in silence."""
+    from tests.test_faults import Sound, SoundConfig
+
+    with pytest.raises(ll.LoraLiteError, match="LoRAConfig belongs to 'lora'"):
+        ll.register(type("MyLoRA", (ll.get("lora"),), {}))
+    swapped = {"Config": SoundConfig, "param_specs": staticmethod(lambda d_out, d_in, cfg: {}), "forward": Sound.forward}
+    with pytest.raises(ll.LoraLiteError, match=r"param_specs\(d_in, d_out, cfg\)"):
+        ll.register(type("Swapped", (ll.Adapter,), swapped))
+
+
+def test_random_starts_leave_the_accelerators_generators_alone(monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("torch.manual_seed reseeds accelerators"))
+    ll.attach(toy.toy(), ll.config("lora"))
+
+
+def test_attach_and_detach_take_one_and_the_same_module(tmp_path):
+    """Names and requires_grad flags belong to the module that was attached to."""
+    for first, second in ((lambda m: m.blocks[0], lambda m: m), (lambda m: m, lambda m: m.blocks[0])):
+        model = toy.toy()
+        before = photograph(model)
+        ll.attach(first(model), ll.config("lora"), name="a")
+        other = second(model)
+        for call, *arguments in (
+            (ll.attach, other, ll.config("oft")),
+            (ll.detach, other),
+            (ll.save, other, tmp_path / "a.safetensors"),
+        ):
+            with pytest.raises(ll.LoraLiteError, match="was attached through another module"):
+                call(*arguments)
+        ll.detach(first(model))
+        demand_same(model, before, "after detach through the module of the attach")
+
+
+@pytest.mark.parametrize("wrap", ["whole", "block", "checkpoint"])
+def test_wrapping_after_attach_keeps_paths_flags_and_files(wrap, tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = toy.toy()
+    flags = {k: p.requires_grad for k, p in model.named_parameters()}
+    toy.perturb(ll.attach(model, ll.config("lora")))
+    wanted, wrapped = model(toy.inputs(2, 3, 24)), model
+    if wrap == "whole":
+        wrapped = torch.compile(model, backend="eager")
+    else:
+        block = model.blocks[0]
+        model.blocks[0] = torch.compile(block, backend="eager") if wrap == "block" else checkpoint_wrapper(block)
+    assert ll.status(wrapped).layers[0].path == "blocks.0.q_proj"
+    ll.save(wrapped, tmp_path / "a.safetensors")
+    fresh = toy.toy()
+    ll.load(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(fresh(toy.inputs(2, 3, 24)), wanted)
+    ll.detach(wrapped)
+    model.blocks[0] = getattr(
+        model.blocks[0], "_orig_mod", getattr(model.blocks[0], "_checkpoint_wrapped_module", model.blocks[0])
+    )
+    assert {k: p.requires_grad for k, p in model.named_parameters()} == flags
+    torch.compiler.reset()
+
+
+def test_merge_refuses_what_it_could_not_undo():
+    computed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    ll.attach(computed, ll.config("lora"))
+    with pytest.raises(ll.LoraLiteError, match="computed, by a parametrization"):
+        ll.merge(computed)
+    half = toy.one(8, 8).half()
+    with torch.no_grad():
+        half.o_proj.weight.fill_(6e4)
+    handle = ll.attach(half, ll.config("ia3"))
+    with torch.no_grad():
+        handle.layers["o_proj"].g.fill_(0.5)
+    with pytest.raises(ll.LoraLiteError, match="o_proj overflows"):
+        ll.merge(half)
+    assert half.o_proj.weight.isfinite().all()
+
+
+def test_merged_layers_follow_the_model_and_refuse_what_needs_the_base(tmp_path):
+    model = toy.toy()
+    toy.perturb(ll.attach(model, ll.config("ia3"), name="gain"))
+    ll.save(model, tmp_path / "a.safetensors")
+    ll.merge(model)
+    for call in (
+        lambda: ll.delta_weight(model, "blocks.0.q_proj"),
+        lambda: ll.attach(model, ll.config("lora")),
+        lambda: ll.load(model, tmp_path / "a.safetensors", name="again"),
+        lambda: ll.disabled(model).__enter__(),
+    ):
+        with pytest.raises(ll.LoraLiteError, match="merged") as refused:
+            call()
+        assert "ll.unmerge(model)" in str(refused.value)
+    model.to(torch.bfloat16)
+    ll.unmerge(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    model(toy.inputs(2, 24, dtype=torch.bfloat16))
+
+
+def test_adapters_on_different_layers_merge_one_by_one():
+    model, x = toy.toy(), toy.inputs(3, 5, 24)
+    toy.perturb(ll.attach(model, ll.config("lora", targets=("q_proj",)), name="a"))
+    toy.perturb(ll.attach(model, ll.config("lora", targets=("down_proj",)), name="b"), seed=5)
+    wanted = model(x)
+    ll.merge(model, "a")
+    ll.merge(model, "b")
+    assert error(model(x), wanted) < 1e-5
+    ll.unmerge(model)
+    assert torch.equal(model(x), wanted)
+
+
+def test_handle_of_a_detached_adapter_touches_no_other():
+    model = toy.toy()
+    with ll.attach(model, ll.config("lora")) as old:
+        old.detach()
+    ll.attach(model, ll.config("lora"))
+    for call in (old.detach, lambda: old.scale(0.5), lambda: old.save("a.safetensors")):
+        with pytest.raises(ll.LoraLiteError, match="was detached"):
+            call()
+
+
+def test_error_inside_the_context_is_not_hidden_by_an_earlier_detach():
+    handle = ll.attach(toy.toy(), ll.config("lora"))
+
+    def work():
+        with handle:
+            handle.detach()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+
+
+def test_scaling_can_be_entered_again():
+    model = toy.toy()
+    handle = ll.attach(model, ll.config("lora"))
+    half = ll.scale(model, 0.5)
+    for _ in range(2):
+        with half:
+            assert {a.coeff for a in handle.layers.values()} == {0.5}
+        assert {a.coeff for a in handle.layers.values()} == {1.0}
+
+
+def test_coefficient_that_is_trained_gets_its_gradient():
+    model = toy.toy()
+    toy.perturb(ll.attach(model, ll.config("lora")))
+    for shape in ((), (3,)):
+        coeff = torch.full(shape, 0.5, requires_grad=True)
+        with ll.scale(model, coeff):
+            model(toy.inputs(3, 5, 24)).sum().backward()
+        assert coeff.grad is not None
+        assert coeff.grad.all()
+
+
+def test_checkpointed_backward_uses_the_coefficient_of_its_own_time():
+    """What the docstring of `scale` warns of: inside the block it is exact, outside another function is differentiated."""
+    from torch.utils.checkpoint import checkpoint
+
+    gradients = []
+    for inside in (None, True, False):
+        model, x = toy.toy(), toy.inputs(3, 5, 24)
+        handle = toy.perturb(ll.attach(model, ll.config("lora")))
+        with ll.scale(model, 0.5):
+            out = model(x) if inside is None else checkpoint(model, x, use_reentrant=False)
+            if inside is not False:
+                out.square().mean().backward()
+        if inside is False:
+            out.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in handle.parameters()]))
+    assert torch.equal(gradients[0], gradients[1])
+    assert error(gradients[2], gradients[0]) > 1e-3
+
+
+def test_find_targets_on_thousands_of_layers_is_linear_in_their_number():
+    """Counts attribute look-ups, not seconds: every module's weight is looked at a fixed number of times."""
+    looks = []
+
+    class Counting(nn.Linear):
+        def __getattr__(self, name):
+            if name == "weight":
+                looks.append(1)
+            return super().__getattr__(name)
+
+    counts = []
+    for n in (20, 40):
+        looks.clear()
+        ll.find_targets(nn.Sequential(*(Counting(2, 2) for _ in range(n))), ll.config("lora"))
+        counts.append(len(looks))
+    assert counts[1] <= 2.2 * counts[0]
+
+
 def test_registration_refuses_a_name_in_use_and_a_class_that_is_no_adapter():
     from tests.test_faults import Sound
 

@@ -335,3 +335,15 @@ def test_math_protocol_trains_on_the_answers_only_and_scores_exact_match(base, m
     settings = Settings(task="math", steps=2, batch=2, window=400, eval_every=0, train_data=train, test_data=test)
     run = run_variant("lora", {"r": 2}, settings, 0, silent, bare=bare, task=task)
     assert "exact_match" in report.final(run)
+
+
+def test_sweep_walks_outwards_until_the_best_rate_has_a_worse_one_on_both_sides():
+    from benchmarks.sweep import LADDER, next_rate
+
+    for best in LADDER:
+        scores: dict[float, float] = {}
+        while (rate := next_rate(scores)) is not None:
+            scores[rate] = abs(LADDER.index(rate) - LADDER.index(best))
+        assert min(scores, key=scores.__getitem__) == best
+        around = LADDER[max(0, LADDER.index(best) - 1) : LADDER.index(best) + 2]
+        assert set(around) <= set(scores)

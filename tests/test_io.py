@@ -88,6 +88,44 @@ def test_unknown_and_other_variants(saved):
     refusal(lambda: ll.load(model, path), "has no field 'init'", model=model)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": "x"}, ("damaged header",)),
+        ({"layers": "["}, ("damaged header",)),
+        ({"base": "{}"}, ("incomplete header", "fingerprint")),
+        ({"layers": "[]", "base": "{}"}, ("incomplete header",)),
+        ({"config": '{"r": 4}'}, ("leaves out", "alpha", "full config")),
+    ],
+)
+def test_damaged_headers(saved, changes, words):
+    path, _ = saved
+    rewrite(path, **changes)
+    model = toy.toy()
+    refusal(lambda: ll.load(model, path), *words, model=model)
+
+
+def test_header_without_an_entry(saved):
+    path, _ = saved
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        header, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+    header.pop("variant")
+    safetensors.torch.save_file(tensors, path, metadata=header)
+    model = toy.toy()
+    refusal(lambda: ll.load(model, path), "incomplete header", "variant", model=model)
+
+
+@pytest.mark.parametrize(("damage", "word"), [(lambda t: t.int(), "is int32"), (lambda t: t * torch.nan, "is not finite")])
+def test_tensors_that_are_no_finite_numbers(saved, damage, word):
+    path, _ = saved
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        header, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+    key = "blocks.1.q_proj.A"
+    safetensors.torch.save_file(tensors | {key: damage(tensors[key])}, path, metadata=header)
+    model = toy.toy()
+    refusal(lambda: ll.load(model, path), f"{key} {word}", model=model)
+
+
 def test_another_base_names_the_layers(saved):
     path, _ = saved
     model = toy.toy()
@@ -134,6 +172,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(saved, monkeypatch):
 def test_folder_that_is_not_there(saved, tmp_path):
     _, model = saved
     refusal(lambda: ll.save(model, tmp_path / "no" / "a.safetensors"), "does not exist", "mkdir", model=model)
+    refusal(lambda: ll.save(model, tmp_path), "is a folder", "adapter.safetensors", model=model)
 
 
 def test_layers_that_never_ran_are_named_at_save(tmp_path):

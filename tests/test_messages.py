@@ -63,6 +63,29 @@ def test_no_target_matched_lists_what_there_is():
     refusal(lambda: ll.attach(model, ll.config("lora", rank_pattern={"nope": 2})), "rank_pattern", "'nope'", model=model)
 
 
+def test_selection_that_other_options_leave_out_is_refused_not_ignored():
+    model = toy.toy()
+    for fields, words in (
+        ({"targets": ("q_proj", "down_proj"), "exclude": ("q_proj",)}, ("targets: 'q_proj'", "leave out", "exclude=()")),
+        ({"targets": ("0.q_proj", "1.o_proj"), "layers": (0,)}, ("1.o_proj", "layers=(0,)")),
+        ({"targets": ("q_proj",), "rank_pattern": {"down_proj": 4}}, ("rank_pattern: 'down_proj'",)),
+        ({"exclude": ("down_prj",)}, ("exclude: 'down_prj' matches no module", "Closest name: down_proj")),
+    ):
+        refusal(lambda fields=fields: ll.attach(model, ll.config("lora", **fields)), *words, model=model)
+
+
+def test_numbers_that_are_not_finite():
+    for field in ("coeff", "alpha", "lr"):
+        refusal(lambda field=field: ll.config("lora", **{field: float("nan")}), field, "finite")
+
+
+def test_inference_mode_and_meta_device():
+    model = toy.toy()
+    with torch.inference_mode():
+        refusal(lambda: ll.attach(model, ll.config("lora")), "inference mode", model=model)
+    refusal(lambda: ll.attach(toy.toy().to("meta"), ll.config("lora")), "blocks.0.q_proj has no weights", "meta device")
+
+
 def test_rank_above_the_layer_names_the_layer():
     model = toy.toy()
     for name in ll.names():
@@ -121,9 +144,24 @@ def needy_attach(data, model, **fields):
         ([{"x": torch.zeros(1, 2, 24)}], ("calibration tokens are too few", "blocks.0.q_proj", "At least 8")),
         ([{"x": torch.zeros(1, 2, 24), "attention_mask": torch.zeros(1, 2)}], ("0", "padding")),
         ([{"x": torch.zeros(1, 2, 24), "attention_mask": torch.ones(1, 3)}], ("blocks.0.q_proj", "attention_mask")),
+        ([{"x": torch.zeros(3, 2, 24), "attention_mask": torch.ones(2, 3)}], ("blocks.0.q_proj", "(2, 3)")),
+        ([{"x": torch.zeros(1, 2, 24), "attention_mask": torch.tensor([[0.0, -1e9]])}], ("other numbers than 0 and 1",)),
         ({"positive": [torch.zeros(1, 9, 24)]}, ("only positive", '"negative"')),
     ],
-    ids=["missing", "empty", "tensor", "mapping", "number", "nan", "too-few", "all-padding", "mask-shape", "one-class"],
+    ids=[
+        "missing",
+        "empty",
+        "tensor",
+        "mapping",
+        "number",
+        "nan",
+        "too-few",
+        "all-padding",
+        "mask-shape",
+        "time-first",
+        "additive-mask",
+        "one-class",
+    ],
 )
 def test_unfit_calibration_data(data, words):
     model = toy.toy()
@@ -214,6 +252,8 @@ def test_weight_shared_with_another_module():
 
 def test_unknown_adapter_names():
     model = toy.toy()
+    for call in (lambda: ll.scale(model, 0.5), lambda: ll.merge(model), lambda: ll.disabled(model, "styl").__enter__()):
+        refusal(call, "no adapter", model=model)
     refusal(lambda: ll.detach(model, "style"), "no adapter 'style'", "It has none")
     refusal(lambda: ll.save(model, "x.safetensors"), "0 adapters")
     ll.attach(model, ll.config("lora"), name="style")

@@ -72,6 +72,7 @@ class Adapter(nn.Module):
         self.cfg: Any = cfg
         self.coeff: float | Tensor = cfg.coeff
         self.fired = False
+        self.path = ""  # of its layer, seen from the module that was attached to
         self.group: Group = NOWHERE
         self.original: tuple[Any, Any] | None = None  # weight and bias while merged
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -154,9 +155,9 @@ class Adapter(nn.Module):
                 )
             getattr(self, name).copy_(value)
 
-    def install(self, layer: Layer, group: Group) -> None:
+    def install(self, layer: Layer, path: str, group: Group) -> None:
         """Hang under the layer as a child of the group's name, with bound methods as hooks."""
-        self.group = group
+        self.path, self.group = path, group
         layer.add_module(group.name, self)
         if self.changes_input():
             self.handles.append(layer.register_forward_pre_hook(self.input_hook, with_kwargs=True))
@@ -169,6 +170,14 @@ class Adapter(nn.Module):
         self.handles.clear()
         if getattr(layer, self.group.name, None) is self:
             delattr(layer, self.group.name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Adapter":
+        """model.to(...) also moves the original weights that a merge keeps aside."""
+        super()._apply(fn, recurse)
+        for tensor in self.original or ():
+            if tensor is not None:
+                tensor.data = fn(tensor.data)
+        return self
 
     def hooked(self) -> bool:
         """Whether every hook is still on its layer; other libraries may clear the hooks of a model."""
@@ -224,5 +233,5 @@ class Adapter(nn.Module):
 def seeded(*key: object) -> Iterator[None]:
     """torch's CPU generator seeded from the key, and as it was afterwards; new tensors are on the CPU."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(zlib.crc32(repr(key).encode()))
+        torch.default_generator.manual_seed(zlib.crc32(repr(key).encode()))  # torch.manual_seed reseeds accelerators too
         yield

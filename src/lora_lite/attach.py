@@ -14,7 +14,7 @@ from .calibrate import LABELS, Stats, Weights, measure
 from .config import AdapterConfig
 from .errors import LoraLiteError, some
 from .registry import variant_of
-from .targets import Layer, dense_weight, find_targets, linears, refuse_wrapped, role, selected, sizes, unwrapped
+from .targets import Layer, dense_weight, find_targets, linears, plain, refuse_wrapped, role, selected, sizes, unwrapped
 
 
 @dataclass
@@ -40,19 +40,32 @@ class Attached:
     def save(self, path: str | Path) -> None:
         from .io import save
 
+        self.refuse_detached()
         save(self.model, path, name=self.name)
 
     def scale(self, coeff: float | torch.Tensor) -> runtime.Scaling:
+        self.refuse_detached()
         return runtime.scale(self.model, coeff, name=self.name)
 
     def detach(self) -> None:
+        self.refuse_detached()
         detach(self.model, name=self.name)
+
+    def is_attached(self) -> bool:
+        """Whether the model still carries these very adapters, not others that took their name."""
+        mine = {id(adapter) for adapter in self.layers.values()}
+        return any(id(found.adapter) in mine for found in runtime.adapters(self.model))
+
+    def refuse_detached(self) -> None:
+        if not self.is_attached():
+            raise LoraLiteError(f"This adapter {self.name!r} was detached.", fix="handle = ll.attach(model, handle.config)")
 
     def __enter__(self) -> "Attached":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.detach()
+        if self.is_attached():
+            self.detach()
 
 
 def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *, name: str = "default") -> Attached:
@@ -72,7 +85,7 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
             fix=f"ll.attach(model, ll.config({cfg!r}))" if isinstance(cfg, str) else 'll.attach(model, ll.config("lora"))',
         )
     cls = variant_of(cfg)
-    refuse_wrapped(model)
+    refuse_unready(model)
     wanted = wanted_statistics(cls, cfg, calibration_data)
     targets = find_targets(model, cfg)
     refuse_name(model, targets, name)
@@ -83,6 +96,17 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
     refuse_non_finite(adapters)
     install(model, targets, adapters, name, cfg)
     return handle(model, name, cfg, adapters)
+
+
+def refuse_unready(model: nn.Module) -> None:
+    """Raise where an adapter would go unseen, could not be trained, or belong to weights that are not the base."""
+    refuse_wrapped(model)
+    runtime.refuse_other_root(runtime.adapters(model))
+    runtime.refuse_merged(model)
+    if torch.is_inference_mode_enabled():
+        raise LoraLiteError(
+            "Tensors made in inference mode can never be trained.", expected="A call outside it.", fix="ll.attach(model, cfg)"
+        )
 
 
 @torch.no_grad()
@@ -113,6 +137,8 @@ def build(cls: type[Adapter], path: str, layer: Layer, cfg: AdapterConfig) -> Ad
     """The unfilled adapter of one layer. Errors of `param_specs` are given the layer's path and sizes."""
     d_in, d_out = sizes(layer)
     weight = layer.weight
+    if weight.is_meta:
+        raise LoraLiteError(f"{path} has no weights yet.", expected="A loaded model.", found="They are on the meta device.")
     dtype = cfg.buffer_dtype or (weight.dtype if weight.is_floating_point() else None)
     try:
         return cls(d_in, d_out, cfg.for_layer(path), device=weight.device, matrix_dtype=dtype)
@@ -171,7 +197,7 @@ def install(model: nn.Module, targets: dict[str, Layer], adapters: dict[str, Ada
     trainable = [] if earlier else [p for p in model.parameters() if p.requires_grad]
     try:
         for path, adapter in adapters.items():
-            adapter.install(targets[path], group)
+            adapter.install(targets[path], path, group)
         for parameter in trainable:
             parameter.requires_grad_(False)
     except BaseException:
@@ -191,6 +217,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
     model = unwrapped(model)
     leaving = runtime.adapters(model, name)
+    runtime.refuse_other_root(leaving)
     if any(found.adapter.original is not None for found in leaving):
         unmerge(model)
     flags = leaving[0].adapter.group.base_flags if leaving else {}
@@ -198,5 +225,5 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         found.adapter.remove(found.layer)
     if not runtime.adapters(model):
         for key, parameter in model.named_parameters():
-            if key in flags:
-                parameter.requires_grad_(flags[key])
+            if plain(key) in flags:
+                parameter.requires_grad_(flags[plain(key)])

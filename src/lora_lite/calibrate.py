@@ -118,11 +118,17 @@ def kept_rows(path: str, shape: torch.Size, mask: Tensor | None, last: bool) -> 
     tokens = shape[:-1].numel()
     if mask is None:
         mask = torch.ones(shape[:-1] if len(shape) > 2 else (tokens, 1), dtype=torch.bool)
-    elif mask.numel() != tokens:
+    elif mask.numel() != tokens or (mask.ndim == len(shape) - 1 and mask.shape != shape[:-1]):
         raise LoraLiteError(
             f"{path} sees activations of shape {tuple(shape)}.",
             expected=f"attention_mask of shape {tuple(mask.shape)} must cover the same tokens.",
             fix=f'exclude=("{path}",)  # or batches without attention_mask',
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise LoraLiteError(
+            "attention_mask holds other numbers than 0 and 1.",
+            expected="1 for tokens, 0 for padding.",
+            fix="attention_mask = input_ids != pad_token_id",
         )
     mask = mask.bool()
     if last:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -83,6 +84,9 @@ class AdapterConfig:
         for name, value in positive.items():
             if value is not None and value <= 0:
                 self.refuse(name, value, "a number above 0")
+        for name in ("coeff", "alpha", "lr"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                self.refuse(name, getattr(self, name), "a finite number")
         patterns = [*self.exclude, *self.rank_pattern, *(() if self.targets == "all-linear" else self.targets)]
         for pattern in patterns:
             try:

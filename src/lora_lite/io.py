@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from . import registry, runtime
 from .adapter import Adapter
-from .attach import Attached, build, handle, install, refuse_name
+from .attach import Attached, build, handle, install, refuse_name, refuse_unready
 from .errors import LoraLiteError, LoraLiteWarning, some
-from .targets import Layer, is_linear, refuse_wrapped, unwrapped
+from .targets import Layer, is_linear, unwrapped
 
 FORMAT = "lora_lite"
+HEADER = ("version", "variant", "config", "name", "layers", "base", "versions")
 VERSION = 1
 WHOLE_BELOW = 2**18  # numbers of a weight that are hashed entirely
 SAMPLE = 2**14  # numbers, evenly spaced, that are hashed of a larger one
@@ -53,6 +54,7 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
     model = unwrapped(model)
     name = runtime.the_name(model, name)
     found = runtime.adapters(model, name)
+    runtime.refuse_other_root(found)
     if any(f.adapter.original is not None for f in found):
         raise LoraLiteError(
             f"Adapter {name!r} is merged: the base weights are not those it belongs to.",
@@ -88,6 +90,8 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Temporary file in the same folder, fsync, rename: `path` holds the old content or the new, never a part."""
+    if path.is_dir():
+        raise LoraLiteError(f"{path} is a folder.", expected="A file name.", fix=f'"{path / "adapter.safetensors"}"')
     if not path.parent.is_dir():
         raise LoraLiteError(f"{path}: the folder does not exist.", fix=f'Path("{path.parent}").mkdir(parents=True)')
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -124,6 +128,7 @@ def read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             found=f"Its header has {some(header) or 'no entries'}.",
             fix="ll.save(model, path)",
         )
+    check_header(path, header)
     if int(header["version"]) > VERSION:
         raise LoraLiteError(
             f"{path} has format version {header['version']}.",
@@ -131,6 +136,23 @@ def read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             fix="pip install --upgrade lora_lite",
         )
     return header, tensors
+
+
+def check_header(path: str | Path, header: dict[str, str]) -> None:
+    """Raise where an entry is missing, unreadable, or does not go with the others."""
+    try:
+        lacking = [field for field in HEADER if field not in header]
+        if not lacking:
+            int(header["version"])
+            layers, base = json.loads(header["layers"]), json.loads(header["base"])
+            json.loads(header["config"]), json.loads(header["versions"])
+            lacking = [] if layers and set(layers) == set(base) else ["a fingerprint for each layer"]
+    except ValueError as error:
+        raise LoraLiteError(f"{path} has a damaged header: {error}.", fix="ll.save(model, path)") from error
+    if lacking:
+        raise LoraLiteError(
+            f"{path} has an incomplete header.", expected=f"It lacks {some(lacking)}.", fix="ll.save(model, path)"
+        )
 
 
 def load(model: nn.Module, path: str | Path, *, name: str | None = None, strict_base: bool = True) -> Attached:
@@ -144,8 +166,14 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None, strict_
     header, tensors = read(path)
     cls = registry.get(header["variant"])
     cfg = cls.Config.from_json(header["config"])
+    if absent := cls.Config.__dataclass_fields__.keys() - json.loads(header["config"]).keys():
+        raise LoraLiteError(
+            f"{path} leaves out {some(sorted(absent))} of {cls.Config.__name__}.",
+            expected="The full config: a default of today need not be that of the training.",
+            fix="ll.save(model, path)",
+        )
     name = header["name"] if name is None else name
-    refuse_wrapped(model)
+    refuse_unready(model)
     targets = layers_of(model, path, json.loads(header["layers"]))
     refuse_name(model, targets, name)
     if strict_base:
@@ -196,10 +224,15 @@ def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, T
         for key, place in places.items()
         if key in tensors and tensors[key].shape != place.shape
     ]
+    problems += [
+        f"{key} is {str(tensor.dtype).removeprefix('torch.')}" if not tensor.is_floating_point() else f"{key} is not finite"
+        for key, tensor in tensors.items()
+        if key in places and not (tensor.is_floating_point() and tensor.isfinite().all())
+    ]
     if problems:
         raise LoraLiteError(
             f"{path} does not fit its own config: {some(sorted(problems))}.",
-            expected="Exactly the tensors that the variant declares.",
+            expected="Exactly the tensors that the variant declares, in finite floating-point numbers.",
             fix="ll.save(model, path)  # with the version that trained it",
         )
     with torch.no_grad():

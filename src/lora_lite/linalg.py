@@ -197,6 +197,8 @@ def reflections(V: Tensor) -> tuple[Tensor, Tensor]:
 class Box(torch.autograd.Function):
     """clamp(p, lo, hi) whose gradient is cut only where a descent step would leave the box."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(p: Tensor, lo: float, hi: float) -> Tensor:
         return p.clamp(lo, hi)

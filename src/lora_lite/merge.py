@@ -54,6 +54,14 @@ def effective(layer: Layer, adapters: list[Adapter]) -> tuple[Tensor, Tensor, Te
 
 def refuse_unmergeable(found: list[runtime.Found]) -> None:
     for f in found:
+        if f.adapter.original is not None:
+            raise LoraLiteError(f"Adapter {f.name!r} is merged already.", expected="The base weights.", fix="ll.unmerge(model)")
+        if "weight" not in dict(f.layer.named_parameters(recurse=False)):
+            raise LoraLiteError(
+                f"The weight of {f.path} is computed, by a parametrization or weight_norm.",
+                expected="Only a weight that is a parameter can be exchanged.",
+                fix='torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")  # before ll.attach',
+            )
         if not f.adapter.claims.affine:
             raise LoraLiteError(
                 f"{f.adapter.variant} at {f.path} is not a linear map of x.",
@@ -92,14 +100,12 @@ def merge(model: nn.Module, name: str | None = None) -> None:
     adapter merged already, and a choice that leaves an adapter of the layer unmerged.
     """
     model = unwrapped(model)
-    chosen = runtime.adapters(model, name)
+    chosen = runtime.present(model, name)
     by_layer: dict[str, list[runtime.Found]] = {}
     for f in chosen:
         by_layer.setdefault(f.path, []).append(f)
     refuse_unmergeable(chosen)
     for f in runtime.adapters(model):
-        if f.adapter.original is not None:
-            raise LoraLiteError(f"Adapter {f.name!r} is merged already.", fix="ll.unmerge(model)")
         if f.path in by_layer and all(f.adapter is not c.adapter for c in by_layer[f.path]):
             raise LoraLiteError(
                 f"{f.path} also carries adapter {f.name!r}.",
@@ -107,6 +113,10 @@ def merge(model: nn.Module, name: str | None = None) -> None:
                 fix=f"ll.merge(model)  # or ll.detach(model, {f.name!r}) first",
             )
     new = {path: effective(found[0].layer, [f.adapter for f in found])[:2] for path, found in by_layer.items()}
+    for path, (weight, bias) in new.items():
+        dtype = by_layer[path][0].layer.weight.dtype
+        if not (weight.to(dtype).isfinite().all() and bias.to(dtype).isfinite().all()):
+            raise LoraLiteError(f"The merged weight of {path} overflows {dtype}.", fix="model.bfloat16()  # or model.float()")
     try:
         for path, found in by_layer.items():
             swap(found, *new[path])

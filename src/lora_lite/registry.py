@@ -85,6 +85,13 @@ def validate(cls: type[Adapter]) -> None:
     params = vars(config).get("__dataclass_params__")
     if params is None or not params.frozen or any(not f.kw_only for f in dataclasses.fields(config)):
         refuse(f"{config.__name__} is not a frozen keyword-only dataclass", "", "@dataclass(frozen=True, kw_only=True)")
+    owner = next((c for c in _classes.values() if c.Config is config and c.variant != cls.variant), None)
+    if owner is not None:
+        refuse(
+            f"{config.__name__} belongs to {owner.variant!r}",
+            "A config tells which variant is meant, so every variant has its own.",
+            f"class {cls.__name__}Config({config.__name__}): ...",
+        )
     if cls.param_specs is Adapter.param_specs:
         refuse("param_specs is missing", "Every tensor is declared.", "def param_specs(d_in, d_out, cfg): ...")
     if not (cls.changes_input() or cls.changes_output()):
@@ -95,7 +102,7 @@ def validate(cls: type[Adapter]) -> None:
         )
     for method, expected in CONTRACT.items():
         given = arguments(cls, method)
-        if len(given) != len(expected) or (method == "forward" and given != expected):
+        if given != expected:
             missing = [a for a in expected if a not in given]
             refuse(
                 f"{method}({', '.join(given)})",

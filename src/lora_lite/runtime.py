@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .errors import LoraLiteError, LoraLiteWarning, closest
-from .targets import Layer, unwrapped
+from .targets import Layer, plain, unwrapped
 
 
 class Found(NamedTuple):
@@ -29,7 +29,7 @@ def adapters(model: nn.Module, name: str | None = None) -> list[Found]:
     Raises LoraLiteError for a name that no adapter has.
     """
     found = [
-        Found(path, cast(Layer, layer), child_name, child)
+        Found(plain(path), cast(Layer, layer), child_name, child)
         for path, layer in unwrapped(model).named_modules()
         for child_name, child in layer.named_children()
         if isinstance(child, Adapter)
@@ -46,9 +46,38 @@ def adapters(model: nn.Module, name: str | None = None) -> list[Found]:
     return [f for f in found if f.name == name]
 
 
+def refuse_other_root(found: list[Found]) -> None:
+    """Raise where adapters were attached through a part of this model or through something around it."""
+    if other := next((f for f in found if f.path != f.adapter.path), None):
+        raise LoraLiteError(
+            f"Adapter {other.name!r} on {other.path or 'this layer'} was attached through another module.",
+            expected="attach, load, save and detach take one and the same module: it holds names and requires_grad flags.",
+            found=f"There the layer is called {other.adapter.path!r}.",
+            fix="ll.detach(that_module); ll.attach(model, cfg)  # targets and layers choose a part of it",
+        )
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """Raise where a weight holds an adapter's change: statistics, starts and checkpoints belong to the base."""
+    if merged := [f for f in adapters(model) if f.adapter.original is not None]:
+        raise LoraLiteError(
+            f"Adapter {merged[0].name!r} is merged at {merged[0].path}.",
+            expected="The base weights as they were.",
+            fix="ll.unmerge(model)",
+        )
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the attached adapters, in the order they were attached on any layer."""
     return list(dict.fromkeys(found.name for found in adapters(model)))
+
+
+def present(model: nn.Module, name: str | None) -> list[Found]:
+    """As `adapters`, and raises LoraLiteError where there is none at all."""
+    found = adapters(model, name)
+    if not found:
+        raise LoraLiteError("The model has no adapter.", fix='ll.attach(model, ll.config("lora"))')
+    return found
 
 
 def the_name(model: nn.Module, name: str | None) -> str:
@@ -67,12 +96,15 @@ def the_name(model: nn.Module, name: str | None) -> str:
 
 
 class Scaling:
-    """The coefficients before a `scale`; leaving it as a context manager puts them back."""
+    """A coefficient set on adapters; leaving it as a context manager puts the old ones back."""
 
-    def __init__(self, before: list[tuple[Adapter, float | Tensor]]):
-        self.before = before
+    def __init__(self, chosen: list[Adapter], coeff: float | Tensor):
+        self.coeff, self.before = coeff, [(adapter, adapter.coeff) for adapter in chosen]
+        self.__enter__()
 
     def __enter__(self) -> "Scaling":
+        for adapter, _ in self.before:
+            adapter.coeff = self.coeff
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -85,33 +117,32 @@ def scale(model: nn.Module, coeff: float | Tensor, *, name: str | None = None) -
 
     coeff  a number, or a tensor aligned with the leading axes of the activations: (batch,) one value per sample,
            (batch, time) one per token
-    `with ll.scale(model, 0.5): ...` puts the old coefficients back on leaving.
-    Raises LoraLiteError for a coefficient that is neither, or not finite, and for a merged adapter.
+    `with ll.scale(model, 0.5): ...` puts the old coefficients back on leaving. Under gradient checkpointing call backward
+    inside the block: the recomputation runs with the coefficient of its own time.
+    Raises LoraLiteError for a coefficient that is neither, or not finite, for a merged adapter and for a model without one.
     """
     if isinstance(coeff, Tensor):
-        coeff = float(coeff) if coeff.ndim == 0 else coeff.detach() if not coeff.requires_grad else coeff
+        coeff = float(coeff) if coeff.ndim == 0 and not coeff.requires_grad else coeff
     elif isinstance(coeff, bool) or not isinstance(coeff, (int, float)):
         raise LoraLiteError(f"coeff={coeff!r} is no coefficient.", expected="A number or a tensor.", fix="ll.scale(model, 0.5)")
     else:
         coeff = float(coeff)
-    if not torch.as_tensor(coeff).isfinite().all():
+    values = coeff.detach() if isinstance(coeff, Tensor) else torch.tensor(coeff)
+    if not values.isfinite().all():
         raise LoraLiteError(f"coeff={coeff} is not finite.", expected="Finite numbers.", fix="ll.scale(model, 1.0)")
-    chosen = [found.adapter for found in adapters(model, name)]
+    chosen = [found.adapter for found in present(model, name)]
     if any(adapter.original is not None for adapter in chosen):
         raise LoraLiteError(
-            "A merged adapter cannot be scaled: its change is in the weights.",
+            "A merged adapter cannot be scaled or disabled: its change is in the weights.",
             fix="ll.unmerge(model); ll.scale(model, coeff); ll.merge(model)",
         )
     for adapter in {adapter.variant: adapter for adapter in chosen}.values():
-        warn_outside(adapter, coeff)
-    before = [(adapter, adapter.coeff) for adapter in chosen]
-    for adapter in chosen:
-        adapter.coeff = coeff
-    return Scaling(before)
+        warn_outside(adapter, values)
+    return Scaling(chosen, coeff)
 
 
-def warn_outside(adapter: Adapter, coeff: float | Tensor) -> None:
-    safe, values = adapter.claims.safe_coeff, torch.as_tensor(coeff)
+def warn_outside(adapter: Adapter, values: Tensor) -> None:
+    safe = adapter.claims.safe_coeff
     if safe is not None and (values.min() < safe[0] or values.max() > safe[1]):
         warnings.warn(
             f"coeff outside {list(safe)}: what {adapter.variant} promises holds inside only",
@@ -122,8 +153,11 @@ def warn_outside(adapter: Adapter, coeff: float | Tensor) -> None:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
-    """Inside, adapter `name` (or every one) does no work: the output is the base model's. Coefficients come back."""
-    if not adapters(model):
+    """Inside, adapter `name` (or every one) does no work: the output is the base model's. Coefficients come back.
+
+    A model without adapters is disabled as it is. Under gradient checkpointing call backward inside, as with `scale`.
+    """
+    if name is None and not adapters(model):
         yield
         return
     with scale(model, 0.0, name=name):

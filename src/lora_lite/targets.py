@@ -85,14 +85,22 @@ def block_index(path: str) -> int | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own model inside DistributedDataParallel and torch.compile, whose paths are the ones that are saved."""
+    """The user's own model inside DDP, DataParallel and torch.compile, whose paths are the ones that are saved."""
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = cast(nn.Module, model._orig_mod)
         else:
             return model
+
+
+WRAPPING = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
+
+
+def plain(path: str) -> str:
+    """The path without the names that torch.compile, checkpoint_wrapper and FSDP put around inner modules."""
+    return WRAPPING.sub("", path).removesuffix(".")
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -182,9 +190,33 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> dict[str, Layer]:
             found=inventory(list(present)),
             fix=f"{type(cfg).__name__}(targets={(list(present)[-1].rpartition('.')[2],)!r}, roles=None)",
         )
+    refuse_unused_patterns(model, cfg, chosen)
     refuse_uncalled(model, chosen)
     refuse_tied(model, chosen)
     return chosen
+
+
+def refuse_unused_patterns(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, Layer]) -> None:
+    """Raise for patterns whose layers other options leave out and for exclusions of nothing; `roles` only reports."""
+    before_roles = [path for path in linears(model) if selected(path, cfg)]
+    patterns = () if cfg.targets == "all-linear" else cfg.targets
+    for field, given, kept in (("targets", patterns, before_roles), ("rank_pattern", cfg.rank_pattern, list(chosen))):
+        for pattern in given:
+            if not any(re.search(pattern, path) for path in kept):
+                raise LoraLiteError(
+                    f"{field}: {pattern!r} selects only layers that other options leave out.",
+                    found=f"targets={cfg.targets}, exclude={cfg.exclude}, layers={cfg.layers}, roles={cfg.roles}.",
+                    fix=f"{type(cfg).__name__}({field}=({pattern!r},), exclude=(), layers=None)",
+                )
+    paths = [path for path, _ in model.named_modules()]
+    for pattern in set(cfg.exclude) - set(AdapterConfig().exclude):
+        if not any(re.search(pattern, path) for path in paths):
+            raise LoraLiteError(
+                f"exclude: {pattern!r} matches no module.",
+                expected="Every pattern must match at least one.",
+                found=f"{inventory(list(linears(model)))} {closest(pattern, {path.rpartition('.')[2] for path in paths})}",
+                fix=f"{type(cfg).__name__}(exclude=())",
+            )
 
 
 def refuse_uncalled(model: nn.Module, chosen: dict[str, Layer]) -> None:
@@ -201,11 +233,11 @@ def refuse_uncalled(model: nn.Module, chosen: dict[str, Layer]) -> None:
 
 def refuse_tied(model: nn.Module, chosen: dict[str, Layer]) -> None:
     """A weight shared with an embedding or a layer outside the selection would be merged into both."""
+    others = {id(getattr(module, "weight", None)): p for p, module in model.named_modules() if p not in chosen}
     for path, layer in chosen.items():
-        for other, module in model.named_modules():
-            if module is not layer and other not in chosen and getattr(module, "weight", None) is layer.weight:
-                raise LoraLiteError(
-                    f"{path} shares its weight with {other}.",
-                    expected="An adapter changes one use of a weight, merging would change both.",
-                    fix=f"exclude=({path!r},)",
-                )
+        if (other := others.get(id(layer.weight))) is not None:
+            raise LoraLiteError(
+                f"{path} shares its weight with {other}.",
+                expected="An adapter changes one use of a weight, merging would change both.",
+                fix=f"exclude=({path!r},)",
+            )

@@ -58,7 +58,7 @@ class One(nn.Module):
 
 def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return make()
 
 
