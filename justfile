@@ -5,7 +5,7 @@ python := ".venv/bin/python"
 # list the recipes
 [private]
 default:
-    @just --list --unsorted
+    @{{ just_executable() }} --list --unsorted
 
 # make .venv with the pinned versions, only when it is missing or its inputs changed
 setup:
@@ -26,6 +26,10 @@ check: setup
 # adapt a real model with one variant: just bench-variant lora r=4 steps=100 seeds=0,1,2
 bench-variant name *options: setup
     @{{ python }} -m benchmarks {{ name }} {{ options }}
+
+# full fine-tuning on the same data and steps, the record that the variants stand beside
+bench-full: setup
+    @{{ python }} -m benchmarks.full
 
 # run the conformance suite on one variant
 contract name: setup

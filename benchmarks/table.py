@@ -72,7 +72,8 @@ def caption() -> str:
         text += f", full fine-tuning reaches {final(full['runs'][0])['code_bits_per_byte']:.3f}"
     return (
         f"{text}. Learning rates from a sweep on a validation part of the training text "
-        "([records](benchmarks/results/sweep)).\nOne seed does not rank methods. "
+        "([records](benchmarks/results/sweep)).\nRanks are each config's default, lowered where the base's narrowest layer is "
+        "narrower; one seed does not rank methods. "
         f"{where['threads']} CPU threads, torch {where['torch']}; step time is forward + backward\n"
         "beside the bare frozen model in the same run. Records: [benchmarks/results](benchmarks/results)."
     )

@@ -145,7 +145,8 @@ def check_header(path: str | Path, header: dict[str, str]) -> None:
         if not lacking:
             int(header["version"])
             layers, base = json.loads(header["layers"]), json.loads(header["base"])
-            json.loads(header["config"]), json.loads(header["versions"])
+            for field in ("config", "versions"):
+                json.loads(header[field])
             lacking = [] if layers and set(layers) == set(base) else ["a fingerprint for each layer"]
     except ValueError as error:
         raise LoraLiteError(f"{path} has a damaged header: {error}.", fix="ll.save(model, path)") from error

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .errors import LoraLiteError, LoraLiteWarning
@@ -165,8 +166,8 @@ def bounded(X: Tensor, max_angle: float | None) -> Tensor:
 
 def block_product(z: Tensor, N: Tensor) -> Tensor:
     """z blockdiag(N) in row form: (..., n b), (n, b, b) -> (..., n b), in the dtype of z."""
-    blocks = z.unflatten(-1, (N.shape[0], N.shape[1]))
-    return torch.einsum("...nk,nkc->...nc", blocks, N.to(z.dtype)).flatten(-2)
+    blocks = rearrange(z, "... (n k) -> ... n k", n=len(N))
+    return rearrange(torch.einsum("...nk,nkc->...nc", blocks, N.to(z.dtype)), "... n c -> ... (n c)")
 
 
 def reflections(V: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,16 +179,13 @@ def reflections(V: Tensor) -> tuple[Tensor, Tensor]:
     V = V.to(torch.promote_types(V.dtype, torch.float32))
     unit = V / V.norm(dim=1, keepdim=True).clamp(min=1e-12)
     u, d = unit[0::2], unit[1::2] - unit[0::2]
-    P = torch.stack([u, d], dim=1).flatten(0, 1)
-    pairs = len(u)
+    P = rearrange([u, d], "two pairs i -> (pairs two) i")
     e = d.square().sum(1) / 2
     half = torch.full_like(e, 0.5)
-    diagonal = torch.stack([torch.stack([half, 0.5 - e], -1), torch.stack([-half, e], -1)], -2)
+    own = rearrange([half, 0.5 - e, -half, e], "(a b) pairs -> a b pairs", a=2)
+    pair = torch.arange(len(P), device=V.device) // 2
     with torch.autocast(V.device.type, enabled=False):  # a Gram matrix in bfloat16 costs orthogonality
-        gram = (P @ P.T).unflatten(0, (pairs, 2)).unflatten(2, (pairs, 2)).transpose(1, 2)
-    above = torch.ones(pairs, pairs, dtype=V.dtype, device=V.device).triu(1)[..., None, None]
-    eye = torch.eye(pairs, dtype=V.dtype, device=V.device)[..., None, None]
-    K = (gram * above + diagonal[:, None] * eye).transpose(1, 2).flatten(2).flatten(0, 1)
+        K = torch.where(pair[:, None] < pair, P @ P.T, 0.0) + rearrange(torch.diag_embed(own), "a b p q -> (p a) (q b)")
     return P, torch.linalg.inv(K)
 
 
