@@ -123,7 +123,8 @@ class AdapterConfig:
 
     @classmethod
     def from_json(cls: type[C], text: str) -> C:
-        return cls(**json.loads(text))
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: normalised(value, hints.get(name)) for name, value in json.loads(text).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
