@@ -7,6 +7,7 @@ config (r=4 alpha=8 targets=o_proj,down_proj ...). Writes a JSON record and a pl
 import ast
 import dataclasses
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -40,7 +41,7 @@ def parse(pairs: list[str], cls: type[ll.Adapter]) -> tuple[Settings, dict[str, 
         if not equals or key not in settings_fields | config_fields | {"out"}:
             raise ll.LoraLiteError(
                 f"{pair!r} is no option of this benchmark or of {cls.variant}.",
-                expected="key=value.",
+                expected="Options are written key=value.",
                 found=closest(key, settings_fields | config_fields | {"out"}),
                 fix=f"just bench-variant {cls.variant} steps=200 r=8",
             )
@@ -119,7 +120,8 @@ def bench(name: str, pairs: list[str]) -> dict[str, Any]:
     record["wall_seconds"] = round(time.perf_counter() - started, 1)
     json_path, png_path = report.write(record, out)
     report.show(record, console)
-    console.print(f"{record['wall_seconds']:.0f} s; record {json_path}, plot {png_path}", soft_wrap=True)
+    shown = " and ".join(os.path.relpath(path) for path in (json_path, png_path))
+    console.print(f"{record['wall_seconds']:.0f} s; wrote {shown}", soft_wrap=True)
     return record
 
 

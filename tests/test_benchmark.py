@@ -227,7 +227,7 @@ def test_paired_comparison_is_the_mean_of_the_differences_by_seed(record):
     ("words", "named"),
     [
         (["stpes=3"], "Closest name: steps"),
-        (["steps"], "key=value"),
+        (["steps"], "written key=value"),
         (["steps=0"], "above 0"),
         (["steps=many"], "above 0"),
         (["lr=-1"], "above 0"),

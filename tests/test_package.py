@@ -35,6 +35,23 @@ print(json.dumps(sorted({m.partition(".")[0] for m in set(sys.modules) - before}
     assert new <= ALLOWED, new
 
 
+def test_numpy_is_not_needed(tmp_path):
+    """torch runs without it, and it is none of the four."""
+    code = """
+import sys
+sys.modules["numpy"] = None
+import torch, lora_lite as ll
+model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+for name in ("lora", "pissa", "hra"):
+    handle = ll.attach(model, ll.config(name, r=2))
+    ll.save(model, "a.safetensors")
+    handle.detach()
+    ll.load(model, "a.safetensors").detach()
+"""
+    ran = python("-c", code, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_declared_dependencies_are_the_four():
     tomllib = pytest.importorskip("tomllib")
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+import signal
 import sys
 from importlib import resources
 from pathlib import Path
@@ -103,6 +104,8 @@ def main() -> None:
     writer.add_argument("--tests", type=Path, default=Path("tests/fidelity"))
     writer.add_argument("--reviews", type=Path, default=Path("docs/reviews"))
     arguments = parser.parse_args()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command quietly
     try:
         arguments.run(arguments)
     except LoraLiteError as error:

@@ -5,6 +5,7 @@ paths, a fingerprint of every base weight, and the versions of the libraries tha
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +37,8 @@ def fingerprint(layer: Layer) -> dict[str, Any]:
     flat = weight.reshape(-1)
     if flat.numel() > WHOLE_BELOW:
         flat = flat[torch.linspace(0, flat.numel() - 1, SAMPLE, dtype=torch.float64).long().to(flat.device)]
-    content = flat.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    flat = flat.contiguous().cpu()
+    content = ctypes.string_at(flat.data_ptr(), flat.nbytes)
     return {
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
@@ -85,7 +86,21 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
         "base": json.dumps({f.path: fingerprint(f.layer) for f in found}),
         "versions": json.dumps({"torch": torch.__version__, "safetensors": safetensors.__version__}),
     }
-    write_atomically(Path(path), safetensors.torch.save(tensors, metadata=header))
+    write_atomically(Path(path), serialized(tensors, header))
+
+
+def serialized(tensors: dict[str, Tensor], header: dict[str, str]) -> bytes:
+    """The file's content. safetensors.torch.save would do, but needs numpy, which is no dependency of ours or of torch."""
+    specs = {
+        key: safetensors.TensorSpec(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=list(tensor.shape),
+            data_ptr=tensor.data_ptr(),
+            data_len=tensor.nbytes,
+        )
+        for key, tensor in tensors.items()
+    }
+    return bytes(safetensors.serialize(specs, metadata=header))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
