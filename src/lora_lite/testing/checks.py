@@ -20,7 +20,7 @@ from ..attach import attach, detach
 from ..calibrate import measure
 from ..config import AdapterConfig
 from ..errors import LoraLiteError
-from ..io import load, read, save, serialized
+from ..io import load, read, save, serialized, write_atomically
 from ..merge import delta_weight, effective, merge, unmerge
 from ..runtime import adapters, disabled, param_groups, scale
 from ..targets import Layer
@@ -332,9 +332,9 @@ def check_load_is_strict(cls: Variant, cfg: AdapterConfig) -> None:
             f"{key} has shape": {**tensors, key: torch.zeros(*tensors[key].shape, 1)},
         }
         for named, content in damaged.items():
-            path.write_bytes(serialized(content, header))
+            write_atomically(path, serialized(content, header))
             refused(path, toy.toy(), named)
-        path.write_bytes(serialized(tensors, header))
+        write_atomically(path, serialized(tensors, header))  # tensors may map the old file
         other = toy.toy()
         with torch.no_grad():
             other.get_parameter("blocks.1.down_proj.weight")[0, 0] += 1
