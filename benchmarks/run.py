@@ -36,7 +36,7 @@ class Settings:
 
     model    folder or hub name of a causal language model     task   "code" or "math"
     steps, batch, window   training steps, rows and tokens of a row
-    seeds    one run each                                       lr     None: the config's own
+    seeds    one run each      lr  None: on the embedded base the one its sweep found, else the config's own
     against  with several seeds, the variant that runs beside this one for a paired comparison
     eval_windows  windows of each held-out text that are scored; eval_every  steps between points of the curve
     """
@@ -60,12 +60,20 @@ class Settings:
 
 
 def load_base(settings: Settings) -> tuple[nn.Module, Any]:
-    """(frozen model in training-free mode, tokenizer)."""
+    """(frozen model in eval mode, tokenizer). Raises LoraLiteError where transformers cannot load them."""
     dtype = getattr(torch, settings.base_dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    except (OSError, ValueError) as error:
+        raise ll.LoraLiteError(
+            f"model={settings.model} cannot be loaded: {str(error).splitlines()[0]}",
+            expected="A folder or hub name of a causal language model with its tokenizer.",
+            fix="model=benchmarks/base",
+        ) from error
     model.to(settings.device)
     model.config.use_cache = False
-    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(settings.model)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def make_task(settings: Settings, tokenizer: Any, seed: int, scored: Part = "test") -> Task:

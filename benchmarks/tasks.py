@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import text
+from lora_lite import LoraLiteError
 
 
 class Task(Protocol):
@@ -135,6 +136,20 @@ def final_number(answer: str) -> str | None:
     return f"{float(found[-1].replace(',', '')):g}" if found else None
 
 
+def load(name: str, config: str | None, split: str) -> Any:
+    """A data set of the hub or of a local folder. Raises LoraLiteError where there is none."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, config, split=split)
+    except (OSError, ValueError) as error:
+        raise LoraLiteError(
+            f"The data set {name} cannot be loaded: {str(error).splitlines()[0]}",
+            expected="A name on the hub, or a local folder in its format.",
+            fix="train_data=FOLDER test_data=FOLDER",
+        ) from error
+
+
 @dataclass
 class Math:
     """Train on MetaMathQA (columns query, response), score on GSM8K (columns question, answer).
@@ -156,15 +171,11 @@ class Math:
 
     @cached_property
     def rows(self) -> Any:
-        from datasets import load_dataset
-
-        return load_dataset(self.train, split="train").shuffle(seed=self.seed)
+        return load(self.train, None, "train").shuffle(seed=self.seed)
 
     @cached_property
     def questions(self) -> Any:
-        from datasets import load_dataset
-
-        data = load_dataset(self.test, self.test_config, split="test")
+        data = load(self.test, self.test_config, "test")
         return data if self.examples is None else data.select(range(min(self.examples, len(data))))
 
     def batch(self, step: int) -> dict[str, Tensor]:

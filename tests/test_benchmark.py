@@ -263,6 +263,16 @@ def test_wrong_config_ends_before_anything_is_loaded(words, named, capsys, monke
     assert named in capsys.readouterr().out
 
 
+def test_models_and_data_that_are_not_there(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as left:
+        bench_variant.main("lora", [f"model={tmp_path / 'nowhere'}"])
+    assert left.value.code == 2
+    assert "cannot be loaded" in capsys.readouterr().out
+    with pytest.raises(ll.LoraLiteError, match="nowhere cannot be loaded"):
+        Math(base[1], 0, 2, 100, str(tmp_path / "nowhere")).batch(0)
+
+
 def test_interrupted_run_writes_nothing(tmp_path, capsys, monkeypatch):
     batch, calls = Code.batch, []
 
