@@ -177,6 +177,8 @@ def test_every_variant_has_a_swept_rate_and_a_record_that_beats_the_base():
     """The committed records; test data chose nothing, so a rate need not be the best on it."""
     lora = full = None
     for name in [*ll.names(), FULL]:
+        missing = [p for p in (SWEEP / f"{name}.json", SWEEP.parent / f"{name}.json") if not p.exists()]
+        assert not missing, f"just sweep {name} && just bench-variant {name} out=benchmarks/results"
         swept = json.loads((SWEEP / f"{name}.json").read_text())
         assert swept["best"] == best_rate(name) == float(min(swept["validation_bits_per_byte"].items(), key=lambda i: i[1])[0])
         record = json.loads((SWEEP.parent / f"{name}.json").read_text())

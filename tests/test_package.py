@@ -121,8 +121,14 @@ def test_new_variant_passes_the_suite_and_writes_over_nothing(tmp_path):
     assert "exists" in python("-m", "lora_lite", "new", "my_method", *places, cwd=tmp_path).stderr
     assert "cannot be called" in python("-m", "lora_lite", "new", "My-Method", *places, cwd=tmp_path).stderr
     assert "already" in python("-m", "lora_lite", "new", "lora", *places, cwd=tmp_path).stderr
-    checked = python("-c", "import my_method; from lora_lite.testing import check_variant; check_variant('my_method')",
-                     cwd=tmp_path, path=tmp_path / "plugin")  # fmt: skip
+    code = """
+import my_method
+from lora_lite.registry import CARD_FIELDS, card
+from lora_lite.testing import check_variant
+check_variant("my_method")
+assert set(CARD_FIELDS) <= set(card(my_method.MyMethod))
+"""
+    checked = python("-c", code, cwd=tmp_path, path=tmp_path / "plugin")
     assert checked.returncode == 0, checked.stderr
 
 
