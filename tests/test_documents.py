@@ -88,6 +88,12 @@ def test_generated_parts_of_the_readme_are_fresh():
     assert fresh(readme) == readme, "just table"
 
 
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)h][^)]*)\)", (ROOT / "README.md").read_text())
+    assert len(links) > len(ll.names())
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
 def test_table_lists_every_variant_and_its_record():
     from benchmarks.table import record, row
 
