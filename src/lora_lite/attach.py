@@ -82,7 +82,7 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
         raise LoraLiteError(
             f"attach(model, {cfg!r}) needs a config.",
             expected="An AdapterConfig.",
-            fix=f"ll.attach(model, ll.config({cfg!r}))" if isinstance(cfg, str) else 'll.attach(model, ll.config("lora"))',
+            fix=f"ll.attach(model, ll.config({cfg!r}))" if isinstance(cfg, str) else runtime.ATTACH,
         )
     cls = variant_of(cfg)
     refuse_unready(model)

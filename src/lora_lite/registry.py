@@ -149,7 +149,7 @@ def get(name: str) -> type[Adapter]:
 
 
 def config(name: str, **fields: object) -> AdapterConfig:
-    """The config of variant `name`: `ll.config("lora", r=16)`. Raises LoraLiteError for unknown names and fields."""
+    """The config of variant `name`: `ll.config(name, r=16)`. Raises LoraLiteError for unknown names and fields."""
     return get(name).Config(**fields)  # type: ignore[arg-type]
 
 
@@ -178,7 +178,7 @@ def variant_of(cfg: AdapterConfig) -> type[Adapter]:
     raise LoraLiteError(
         f"{type(cfg).__name__} belongs to no registered variant.",
         expected="A config made by ll.config(name, ...) or the Config class of a registered variant.",
-        fix='ll.config("lora", r=8)',
+        fix="ll.config(variant, r=8)  # variant: one of ll.names()",
     )
 
 

@@ -13,6 +13,9 @@ from .adapter import Adapter
 from .errors import LoraLiteError, LoraLiteWarning, closest
 from .targets import Layer, plain, unwrapped
 
+ATTACH = "ll.attach(model, ll.config(variant))  # variant: one of ll.names()"
+"""The repair where a model has no adapter."""
+
 
 class Found(NamedTuple):
     """An adapter in its place."""
@@ -41,7 +44,7 @@ def adapters(model: nn.Module, name: str | None = None) -> list[Found]:
         raise LoraLiteError(
             f"There is no adapter {name!r} on this model.",
             found=closest(str(name), names) if names else "It has none.",
-            fix='ll.attach(model, ll.config("lora"), name="' + str(name) + '")' if not names else "ll.status(model)",
+            fix="ll.status(model)" if names else ATTACH,
         )
     return [f for f in found if f.name == name]
 
@@ -76,7 +79,7 @@ def present(model: nn.Module, name: str | None) -> list[Found]:
     """As `adapters`, and raises LoraLiteError where there is none at all."""
     found = adapters(model, name)
     if not found:
-        raise LoraLiteError("The model has no adapter.", fix='ll.attach(model, ll.config("lora"))')
+        raise LoraLiteError("The model has no adapter.", fix=ATTACH)
     return found
 
 
@@ -90,7 +93,7 @@ def the_name(model: nn.Module, name: str | None) -> str:
             f"The model has {len(present)} adapters.",
             expected="Without a name there must be exactly one.",
             found=f"Here: {present}.",
-            fix=f"name={present[0]!r}" if present else 'll.attach(model, ll.config("lora"))',
+            fix=f"name={present[0]!r}" if present else ATTACH,
         )
     return present[0]
 
@@ -179,7 +182,7 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
             group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
             group["params"].append(parameter)
     if not groups:
-        raise LoraLiteError("The model has no adapter.", fix='ll.attach(model, ll.config("lora"))')
+        raise LoraLiteError("The model has no adapter.", fix=ATTACH)
     return list(groups.values())
 
 
