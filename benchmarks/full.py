@@ -1,6 +1,5 @@
 """just bench-full: full fine-tuning with the benchmark's data, steps and schedule; the record that adapters stand beside."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from rich.progress import Progress
 
 from benchmarks.bench_variant import progress_over
 from benchmarks.report import final
-from benchmarks.run import FULL, Settings, environment, load_base, make_task, run_full, settings_json
+from benchmarks.run import FULL, Settings, environment, load_base, make_task, run_full, settings_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,9 +33,7 @@ def main() -> None:
         "base": base,
         "runs": [run],
     }
-    part = RESULTS / f".{FULL}.part"
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(RESULTS / f"{FULL}.json")
+    write_json(RESULTS / f"{FULL}.json", record)
     console.print(f"{task.metric}: {base[task.metric]:.4f} -> {final(run)[task.metric]:.4f}")
 
 

@@ -58,7 +58,7 @@ def saved_bytes(model: nn.Module, ids: Tensor) -> int:
     return sum(kept.values())
 
 
-def cost(model: nn.Module, handle: Attached, bare: nn.Module, ids: Tensor) -> dict[str, float]:
+def cost(model: nn.Module, bare: nn.Module, ids: Tensor) -> dict[str, float]:
     """Ratios to the bare frozen model: medians of interleaved repeats in this run, and bytes kept for backward."""
     times: dict[str, list[float]] = {"step": [], "bare step": [], "forward": [], "bare forward": []}
 

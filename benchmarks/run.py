@@ -20,6 +20,7 @@ import lora_lite as ll
 from benchmarks.measure import cost, difference, fidelity
 from benchmarks.tasks import Code, Math, Task
 from benchmarks.text import Part
+from lora_lite.io import write_atomically
 from lora_lite.registry import variant_of
 from lora_lite.targets import sizes
 
@@ -180,7 +181,7 @@ def run_variant(
         "config": {"variant": name, **json.loads(cfg.to_json())},
         "layers": len(handle.layers),
     }
-    record["cost"] = {"attach_seconds": attach_seconds, **cost(model, handle, bare, ids)}
+    record["cost"] = {"attach_seconds": attach_seconds, **cost(model, bare, ids)}
     groups = ll.param_groups(model, weight_decay=settings.weight_decay)
     record["curve"] = train(model, groups, task, settings, progress, f"{name}, seed {seed}")
     record["fidelity"] = fidelity(model, handle, bare, ids, start_error)
@@ -190,9 +191,13 @@ def run_variant(
     return record
 
 
+def is_embedded(settings: Settings) -> bool:
+    return Path(settings.model).resolve() == BASE.resolve()
+
+
 def learning_rate(name: str, settings: Settings) -> dict[str, float]:
     """The given rate; on the embedded base the one that its sweep found; else the config's own, meant for language models."""
-    swept = best_rate(name) if Path(settings.model) == BASE else None
+    swept = best_rate(name) if is_embedded(settings) else None
     rate = settings.lr or swept
     return {} if rate is None else {"lr": rate}
 
@@ -217,6 +222,11 @@ def run_full(
 def settings_json(settings: Settings) -> dict[str, Any]:
     """The settings as a record says them: the embedded base by its place in the repository, no paths of a machine."""
     fields = dataclasses.asdict(settings)
-    if Path(settings.model) == BASE:
+    if is_embedded(settings):
         fields["model"] = "benchmarks/base"
     return fields
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """The record, whole or not at all."""
+    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())

@@ -5,7 +5,6 @@ nor test, so that held-out text chooses nothing. Three rates first, then outward
 sides. `full` sweeps full fine-tuning.
 """
 
-import json
 import sys
 from typing import Any
 
@@ -13,7 +12,18 @@ import transformers
 from rich.console import Console
 
 import lora_lite as ll
-from benchmarks.run import FULL, SWEEP, Settings, environment, fitting, load_base, make_task, run_full, train_variant
+from benchmarks.run import (
+    FULL,
+    SWEEP,
+    Settings,
+    environment,
+    fitting,
+    load_base,
+    make_task,
+    run_full,
+    train_variant,
+    write_json,
+)
 
 STEPS = 40
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -63,9 +73,7 @@ def main() -> None:
     SWEEP.mkdir(parents=True, exist_ok=True)
     for name in sys.argv[1:] or [*ll.names(), FULL]:
         found = sweep(name, console)
-        part = SWEEP / f".{name}.part"
-        part.write_text(json.dumps(found, indent=1) + "\n")
-        part.replace(SWEEP / f"{name}.json")
+        write_json(SWEEP / f"{name}.json", found)
         console.print(f"{name}: best {found['best']:g} of {found['validation_bits_per_byte']}", highlight=False, soft_wrap=True)
 
 

@@ -18,7 +18,20 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 from benchmarks import bench_variant, report, text
-from benchmarks.run import BASE, FULL, SWEEP, Settings, best_rate, fitting, load_base, make_task, run_full, run_variant
+from benchmarks.run import (
+    BASE,
+    FULL,
+    SWEEP,
+    Settings,
+    best_rate,
+    fitting,
+    learning_rate,
+    load_base,
+    make_task,
+    run_full,
+    run_variant,
+    settings_json,
+)
 from benchmarks.tasks import Code, Math, final_number
 
 ROOT = Path(__file__).parent.parent
@@ -154,6 +167,15 @@ def test_same_seed_gives_the_same_numbers(base):
     bare, tokenizer = base
     runs = [run_variant("lora", {"r": 2}, QUICK, 5, silent, bare=bare, task=make_task(QUICK, tokenizer, 5)) for _ in range(2)]
     assert runs[0]["curve"] == runs[1]["curve"]
+
+
+def test_embedded_base_is_known_by_any_spelling_of_its_folder(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for spelling in ("benchmarks/base", "./benchmarks/../benchmarks/base", str(BASE)):
+        settings = Settings(model=spelling)
+        assert learning_rate("lora", settings) == {"lr": best_rate("lora")}
+        assert settings_json(settings)["model"] == "benchmarks/base"
+    assert learning_rate("lora", Settings(model="elsewhere")) == {}
 
 
 def test_full_fine_tuning_runs_on_a_copy(base):

@@ -174,15 +174,13 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
     weight_decay  for the tensors that declare `decay`; all others get 0
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for found in adapters(model):
+    for found in present(model, None):
         specs = found.adapter.specs()
         for key, parameter in found.adapter.named_parameters():
             rate = found.adapter.cfg.lr if lr is None else lr
             decay = weight_decay if specs[key].decay else 0.0
             group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
             group["params"].append(parameter)
-    if not groups:
-        raise LoraLiteError("The model has no adapter.", fix=ATTACH)
     return list(groups.values())
 
 
