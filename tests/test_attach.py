@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 import lora_lite as ll
+from lora_lite import registry
+from lora_lite.spec import ParamSpec
 from lora_lite.testing import toy
 from lora_lite.testing.checks import demand_same, error, photograph
+from tests.test_faults import Sound
 
 
 @pytest.fixture
@@ -164,6 +167,24 @@ def test_param_groups_take_each_config_s_rate_and_decay_where_declared():
     assert groups == {(3e-4, 0.1): 16, (3e-4, 0.0): 8, (7e-3, 0.1): 8}
     assert {g["lr"] for g in ll.param_groups(model, lr=1.0)} == {1.0}
     torch.optim.AdamW(ll.param_groups(model))
+
+
+def test_a_tensor_s_own_rate_goes_before_the_adapter_s():
+    class TwoRates(Sound):
+        @staticmethod
+        def param_specs(d_in, d_out, cfg):
+            return {**Sound.param_specs(d_in, d_out, cfg), "B": ParamSpec((d_out, cfg.r), lr=0.5)}
+
+    model = toy.one()
+    with registry.borrowed(TwoRates):
+        adapter = ll.attach(model, TwoRates.Config(lr=1e-3)).layers["o_proj"]
+    for lr, others in ((None, 1e-3), (1e-2, 1e-2)):
+        groups = {g["lr"]: g["params"] for g in ll.param_groups(model, lr=lr)}
+        assert groups.keys() == {others, 0.5}
+        assert groups[others] == [adapter.A]
+        assert groups[0.5] == [adapter.B]
+    with pytest.raises(ll.LoraLiteError, match="learning rate above 0"):
+        ParamSpec((3,), lr=0)
 
 
 def test_attached_context_detaches_after_an_error():

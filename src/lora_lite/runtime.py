@@ -170,14 +170,14 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
 def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Optimizer groups of all adapters: the variant's own learning rate, decay only where a tensor's identity is 0.
 
-    lr            for every adapter; None takes each config's recommended one
+    lr            for every adapter; None takes each config's recommended one. A tensor that declares its own keeps it
     weight_decay  for the tensors that declare `decay`; all others get 0
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for found in present(model, None):
         specs = found.adapter.specs()
         for key, parameter in found.adapter.named_parameters():
-            rate = found.adapter.cfg.lr if lr is None else lr
+            rate = specs[key].lr or (found.adapter.cfg.lr if lr is None else lr)
             decay = weight_decay if specs[key].decay else 0.0
             group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
             group["params"].append(parameter)

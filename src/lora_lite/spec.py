@@ -44,8 +44,10 @@ class ParamSpec:
     trainable  True: a parameter; False: a buffer, frozen and saved
     identity   the value at which this tensor alone has no effect, None where there is no such constant
     decay      may weight decay pull this tensor to 0; only lawful where 0 is its identity
+    lr         a learning rate of its own; None: the adapter's
 
-    Raises LoraLiteError for an empty shape, an axis below 1, and decay towards anything but the identity.
+    Raises LoraLiteError for an empty shape, an axis below 1, decay towards anything but the identity, and a learning rate of
+    0 or less.
     """
 
     shape: Shape
@@ -53,6 +55,7 @@ class ParamSpec:
     trainable: bool = True
     identity: float | None = None
     decay: bool = False
+    lr: float | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.shape)
@@ -75,4 +78,10 @@ class ParamSpec:
                 f"ParamSpec(decay=True, identity={self.identity}) cannot be built.",
                 expected="Weight decay pulls to 0, so only a tensor whose identity is 0 may decay.",
                 fix="ParamSpec(shape, identity=0, decay=True)  # store the deviation from the identity instead",
+            )
+        if self.lr is not None and not self.lr > 0:
+            raise LoraLiteError(
+                f"ParamSpec(lr={self.lr}) cannot be built.",
+                expected="A learning rate above 0, or None for the adapter's.",
+                fix="ParamSpec(shape, trainable=False)  # for a tensor that is not to move",
             )
