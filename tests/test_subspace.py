@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import lora_lite as ll
-from lora_lite.subspace import OutputSubspace, contrast, scores
-from lora_lite.subspace import leading as leading_directions
+from lora_lite.basis import contrast, scores
+from lora_lite.seeding import leading as leading_directions
+from lora_lite.subspace import OutputSubspace
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
 from tests.oracle import T64, adapted

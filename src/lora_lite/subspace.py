@@ -8,19 +8,15 @@ formula   h = U^T t,  y' = y + U core(h);  U (o, r) frozen with orthonormal colu
 import math
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 
 from .annotations import Any, Float, Literal, Parameter, Tensor
-from .calibrate import LABELS, Stats, require_tokens
+from .basis import basis, contrast, has_contrast, needed
+from .calibrate import Stats
 from .contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass
 from .errors import LoraLiteError
 from .limits import refuse_indivisible, refuse_rank
-from .linalg import bounded, box, cayley_shift, left_svd, lin, orth, skew, top_eigenvectors, without_bias
-from .orientation import oriented_left_svd, required
-from .spec import normal
-
-METRIC = {"svd": "plain", "corda": "sqrt", "corda_full": "full"}
+from .linalg import bounded, box, cayley_shift, lin, skew, without_bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +86,12 @@ class OutputSubspace(Adapter):
         """The change of the coordinates h (..., r), exactly 0 where coeff is 0."""
         raise LoraLiteError("core is missing.", expected="core(self, h) returns the change of the coordinates h.")
 
+    basis = staticmethod(basis)
+    """(cfg, stats, path, W (o, i) in float64) -> U (o, r); a child that stands for one orientation writes its own."""
+
     @staticmethod
     def needs(cfg: Any) -> tuple[str, ...]:
-        if cfg.basis == "asvd":
-            return "n", "x_abs" if cfg.asvd_stat == "abs_mean" else "x_sq"
-        if cfg.basis == "select":
-            return contrast_names(cfg) if cfg.select_score == "contrast" else ("y_moment",)
-        return required(METRIC[cfg.basis])
+        return needed(cfg)
 
     @staticmethod
     def wants(cfg: Any) -> tuple[str, ...]:
@@ -106,7 +101,7 @@ class OutputSubspace(Adapter):
     def group_init(adapters: Mapping[str, Any], stats: Stats, cfg: Any) -> None:
         for path, adapter in adapters.items():
             W = stats["weight"][path].double()
-            adapter.orient(path, stats, W, basis(adapter.cfg, stats, path, W))
+            adapter.orient(path, stats, W, adapter.basis(adapter.cfg, stats, path, W))
 
     def orient(self, path: str, stats: Stats, W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> None:
         """Take U as the basis, note sigma where it is declared, report the share of the statistics that U captures."""
@@ -129,116 +124,21 @@ class OutputSubspace(Adapter):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeededConfig(SubspaceConfig):
-    """For methods that train k directions of the subspace.
+class GainConfig(SubspaceConfig):
+    """suppress_only: g acts as min(g, 0), so that no factor exceeds 1 where coeff is at least 0."""
 
-    k               number of directions, at most r
-    seed_direction  contrast: the first is m, the difference of the two classes' mean outputs; variance: those of the largest
-                    mean square of y - b, which is also where the ones behind m come from; random;
-                    auto: the first of these that the calibration data allows
-    add_contrast    where m is the seed, the basis starts with it and drops its own last column: m lies in span(U)
-    """
-
-    k: int = 1
-    seed_direction: Literal["auto", "contrast", "variance", "random"] = "auto"
-    add_contrast: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.k <= self.r:
-            self.refuse("k", self.k, f"1 to r={self.r}")
-        if not self.add_contrast and self.seed_direction in ("variance", "random"):
-            self.refuse("add_contrast", False, f"True with seed_direction={self.seed_direction!r}: nothing would use it")
-
-    def uses(self) -> dict[str, bool]:
-        return {**super().uses(), "positions": True}
+    suppress_only: bool = False
 
 
-class SeededSubspace(OutputSubspace):
-    """Parent of the methods with trained directions U v; a child adds to `core_specs`."""
+class GainSubspace(OutputSubspace):
+    """Parent of the methods that train one factor per direction of U."""
 
-    v: Float[Parameter, "r k"]
+    g: Float[Parameter, " r"]
+    sigma: Float[Tensor, " r"]
 
     @staticmethod
     def core_specs(cfg: Any) -> Specs:
-        return {"v": ParamSpec((cfg.r, cfg.k), normal(cfg.r**-0.5))}
-
-    @staticmethod
-    def needs(cfg: Any) -> tuple[str, ...]:
-        contrast = contrast_names(cfg) if cfg.seed_direction == "contrast" else ()
-        variance = cfg.seed_direction == "variance" or (contrast and cfg.k > 1)
-        return (*OutputSubspace.needs(cfg), *contrast, *(("y_moment",) if variance else ()))
-
-    @staticmethod
-    def wants(cfg: Any) -> tuple[str, ...]:
-        return (*contrast_names(cfg), "y_moment")
-
-    def orient(self, path: str, stats: Stats, W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> None:
-        first, seed = None, self.cfg.seed_direction
-        if seed in ("auto", "contrast") and has_contrast(self.cfg, stats):
-            m = contrast(self.cfg, stats, path, U)
-            U = orth(torch.cat([m[:, None], U[:, :-1]], dim=1)) if self.cfg.add_contrast else U
-            first = U.T @ m
-        super().orient(path, stats, W, U)
-        if first is not None or (seed != "random" and "y_moment" in stats):
-            moment = U.T @ stats["y_moment"][path].to(U) @ U if "y_moment" in stats else torch.eye(U.shape[1]).to(U)
-            self.v.copy_(leading(moment, self.cfg.k, first))
-
-
-def basis(cfg: Any, stats: Stats, path: str, W: Float[Tensor, "o i"]) -> Float[Tensor, "o r"]:
-    """U in float64, as `cfg.basis` says. Raises LoraLiteError for fewer tokens than directions."""
-    if cfg.basis == "asvd":
-        mean = stats["x_abs" if cfg.asvd_stat == "abs_mean" else "x_sq"][path].to(W) / stats["n"][path].to(W)
-        q = (mean if cfg.asvd_stat == "abs_mean" else mean.sqrt()) ** cfg.asvd_alpha
-        return left_svd(W * (q + 1e-6 * q.max()), cfg.r)[0]  # a channel that is silent on the data still counts a little
-    if cfg.basis == "select":
-        U = left_svd(W, min(W.shape))[0]
-        return U[:, scores(cfg, stats, path, U).topk(cfg.r).indices.sort().values]
-    if cfg.basis != "svd":
-        require_tokens(stats, path, cfg.r, f"a basis of {cfg.r} directions")
-    return oriented_left_svd(METRIC[cfg.basis], stats, path, W, cfg.r, cfg.damp)[0]
-
-
-def scores(cfg: Any, stats: Stats, path: str, U: Float[Tensor, "o k"]) -> Float[Tensor, " k"]:
-    """What each direction is worth to `basis="select"`, up to a common factor."""
-    if cfg.select_score == "contrast":
-        return (U.T @ contrast(cfg, stats, path, U)).abs()
-    return ((stats["y_moment"][path].to(U) @ U) * U).sum(0).clamp(min=0).sqrt()
-
-
-def contrast_names(cfg: Any) -> tuple[str, ...]:
-    """The statistics of the two classes' mean outputs."""
-    at = "/last" if cfg.positions == "last" else ""
-    return tuple(f"{sum_}{at}:{label}" for sum_ in ("y_sum", "n") for label in LABELS)
-
-
-def has_contrast(cfg: Any, stats: Stats) -> bool:
-    return set(contrast_names(cfg)) <= set(stats)
-
-
-def contrast(cfg: Any, stats: Stats, path: str, like: Tensor) -> Float[Tensor, " o"]:
-    """m / |m|, m the mean output on positive minus that on negative data, where the bias cancels."""
-    positive, negative, n_positive, n_negative = (stats[name][path].to(like) for name in contrast_names(cfg))
-    m = positive / n_positive - negative / n_negative
-    if not m.any():
-        raise LoraLiteError(f"{path}: the mean outputs on positive and negative data are equal.", expected="Two classes.")
-    return m / m.norm()
-
-
-def leading(H: Float[Tensor, "r r"], k: int, first: Tensor | None = None) -> Float[Tensor, "r k"]:
-    """The k leading eigenvectors of H; with `first` (r,) that direction and the k - 1 leading ones orthogonal to it."""
-    if first is None:
-        return top_eigenvectors(H, k)[0]
-    v = first / first.norm()
-    P = torch.eye(len(v), dtype=H.dtype, device=H.device) - torch.outer(v, v)
-    others, _ = top_eigenvectors(P @ H @ P - H.trace() * torch.outer(v, v), k - 1)  # v goes last where H is not of full rank
-    return torch.cat([v[:, None], others], dim=1)
-
-
-def along(t: Float[Tensor, "... o"], D: Float[Tensor, "o k"], strength: Tensor) -> Float[Tensor, "... o"]:
-    """D diag(strength) D^T t; strength (..., k) multiplies in its own precision."""
-    h = lin(t, D.T)
-    return lin((strength * h).to(h.dtype), D)
+        return {"g": ParamSpec((cfg.r,), identity=0, decay=True), "sigma": ParamSpec((cfg.r,), trainable=False)}
 
 
 def gain(coeff: Any, g: Float[Tensor, " r"], suppress_only: bool) -> Float[Tensor, "... r"]:

@@ -13,28 +13,19 @@ differs   the reference cuts U U^T W out of the stored weight and puts it back a
           sigma is kept for inspection only. suppress_only, damp and every basis but svd are additions
 """
 
-from ..annotations import Float, Parameter, Tensor
-from ..contract import ParamSpec, Specs, dataclass, register
-from ..subspace import OutputSubspace, SubspaceConfig, gain
+from ..annotations import Float, Tensor
+from ..contract import dataclass, register
+from ..subspace import GainConfig, GainSubspace, gain
 
 
 @dataclass(frozen=True, kw_only=True)
-class AntiPaSTOConfig(SubspaceConfig):
-    """suppress_only: g acts as min(g, 0)."""
-
-    suppress_only: bool = False
+class AntiPaSTOConfig(GainConfig):
+    """basis: which directions U are; see its parents."""
 
 
 @register
-class AntiPaSTO(OutputSubspace):
+class AntiPaSTO(GainSubspace):
     Config = AntiPaSTOConfig
-
-    g: Float[Parameter, " r"]
-    sigma: Float[Tensor, " r"]
-
-    @staticmethod
-    def core_specs(cfg: AntiPaSTOConfig) -> Specs:
-        return {"g": ParamSpec((cfg.r,), identity=0, decay=True), "sigma": ParamSpec((cfg.r,), trainable=False)}
 
     def core(self, h: Float[Tensor, "... r"]) -> Float[Tensor, "... r"]:
         return gain(self.coeff, self.g, self.cfg.suppress_only) * h

@@ -20,8 +20,8 @@ import torch
 from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Claims, ParamSpec, Specs, dataclass, register
 from ..linalg import box, lin, orth
+from ..seeding import SeededConfig, SeededSubspace, along
 from ..spec import constant
-from ..subspace import SeededConfig, SeededSubspace, along
 
 
 @dataclass(frozen=True, kw_only=True)
