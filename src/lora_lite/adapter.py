@@ -1,7 +1,6 @@
 """Adapter: the module that hangs under a layer, owns its tensors, its coefficient, its hooks and every cast."""
 
 import contextlib
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 
 from .config import AdapterConfig
 from .errors import LoraLiteError
-from .spec import ParamSpec
+from .shared import Shared
+from .spec import ParamSpec, drawn
 from .targets import Base, Layer
 
 Stats = Any  # calibrate.Stats: stats[name][path], stats["weight"][path]
@@ -76,6 +76,7 @@ class Adapter(nn.Module):
         self.group: Group = NOWHERE
         self.original: tuple[Any, Any] | None = None  # weight and bias while merged
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.shared: dict[str, Shared] = {}
         self.report: dict[str, float] = {}  # what group_init measured, such as the captured share of a statistic
         for name, spec in self.specs().items():
             if hasattr(self, name):
@@ -86,7 +87,7 @@ class Adapter(nn.Module):
                 )
             frozen_matrix = not spec.trainable and len(spec.shape) > 1
             dtype = (matrix_dtype if frozen_matrix else None) or cfg.dtype
-            tensor = torch.zeros(spec.shape, dtype=dtype, device=device)
+            tensor = torch.zeros((0,) if spec.shared else spec.shape, dtype=dtype, device=device)
             if spec.trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -146,14 +147,17 @@ class Adapter(nn.Module):
     def start(self, path: str) -> None:
         """Fill every tensor with its declared start value; random ones depend on seed, path and name alone."""
         for name, spec in self.specs().items():
-            with seeded(self.cfg.seed, path, name):
-                value = spec.start(spec.shape)
-            if tuple(value.shape) != spec.shape:
-                raise LoraLiteError(
-                    f"The start of {type(self).__name__}.{name} has shape {tuple(value.shape)}.",
-                    expected=f"ParamSpec says {spec.shape}.",
-                )
-            getattr(self, name).copy_(value)
+            if not spec.shared:
+                getattr(self, name).copy_(drawn(spec, spec.shape, self.cfg.seed, path, name))
+
+    def share(self, name: str, holder: Shared) -> None:
+        """Hold `name` together with others, as a view of the holder's tensor."""
+        self.shared[name] = holder
+        setattr(self, name, holder.part(self.specs()[name].shape))
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The tensors of this layer alone, by name."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in self.shared}
 
     def install(self, layer: Layer, path: str, group: Group) -> None:
         """Hang under the layer as a child of the group's name, with bound methods as hooks."""
@@ -172,8 +176,11 @@ class Adapter(nn.Module):
             delattr(layer, self.group.name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Adapter":
-        """model.to(...) also moves the original weights that a merge keeps aside."""
+        """model.to(...) also moves the original weights that a merge keeps aside; shared tensors move once for all."""
         super()._apply(fn, recurse)
+        for name, holder in self.shared.items():
+            holder.tensor = fn(holder.tensor)
+            self.share(name, holder)
         for tensor in self.original or ():
             if tensor is not None:
                 tensor.data = fn(tensor.data)
@@ -227,11 +234,3 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.variant}, {self.d_in} -> {self.d_out}, coeff={self.coeff}"
-
-
-@contextlib.contextmanager
-def seeded(*key: object) -> Iterator[None]:
-    """torch's CPU generator seeded from the key, and as it was afterwards; new tensors are on the CPU."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(zlib.crc32(repr(key).encode()))  # torch.manual_seed reseeds accelerators too
-        yield

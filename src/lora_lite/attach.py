@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import runtime
-from .adapter import Adapter, Group, seeded
+from . import runtime, shared
+from .adapter import Adapter, Group
 from .calibrate import LABELS, Stats, Weights, measure
 from .config import AdapterConfig
 from .errors import LoraLiteError, some
 from .registry import variant_of
+from .spec import seeded
 from .targets import Layer, dense_weight, find_targets, linears, plain, refuse_wrapped, role, selected, sizes, unwrapped
 
 
@@ -89,7 +90,7 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
     wanted = wanted_statistics(cls, cfg, calibration_data)
     targets = find_targets(model, cfg)
     refuse_name(model, targets, name)
-    adapters = {path: build(cls, path, layer, cfg) for path, layer in targets.items()}
+    adapters = build_all(cls, targets, cfg)
     with runtime.disabled(model):
         stats = measure(model, targets, wanted, calibration_data) if wanted else {"weight": Weights(targets)}
     fill(cls, cfg, targets, adapters, stats)
@@ -114,6 +115,7 @@ def fill(cls: type[Adapter], cfg: AdapterConfig, targets: dict[str, Layer], adap
     """Declared starts, then `init` layer by layer, then `group_init`; in full precision also under the caller's autocast."""
     device = next(iter(targets.values())).weight.device.type
     with torch.autocast(device, enabled=False):
+        shared.fill(adapters, shared.draws(adapters, cfg.seed))
         for path, adapter in adapters.items():
             adapter.start(path)
             if cls.init is not Adapter.init:
@@ -131,6 +133,13 @@ def handle(model: nn.Module, name: str, cfg: AdapterConfig, adapters: dict[str, 
         if cfg.roles and path not in adapters and selected(path, cfg)
     }
     return Attached(model, name, cfg, adapters, skipped)
+
+
+def build_all(cls: type[Adapter], targets: dict[str, Layer], cfg: AdapterConfig) -> dict[str, Adapter]:
+    """The unfilled adapters, with the tensors that they share."""
+    adapters = {path: build(cls, path, layer, cfg) for path, layer in targets.items()}
+    shared.allocate(adapters)
+    return adapters
 
 
 def build(cls: type[Adapter], path: str, layer: Layer, cfg: AdapterConfig) -> Adapter:

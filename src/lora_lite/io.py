@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file with a JSON header, written atomically, read strictly, never pickled.
 
 Tensors are called `<layer path>.<tensor name>`. The header holds format and version, variant, config, adapter name, layer
-paths, a fingerprint of every base weight, and the versions of the libraries that wrote it.
+paths, a fingerprint of every base weight, and the versions of the libraries that wrote it. A tensor that all layers share is
+called `*.<tensor name>`; where the variant leaves it out, the header has the hash of what load has to draw from the seed.
 """
 
 import contextlib
@@ -18,9 +19,9 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from . import registry, runtime
+from . import registry, runtime, shared
 from .adapter import Adapter
-from .attach import Attached, build, handle, install, refuse_name, refuse_unready
+from .attach import Attached, build_all, handle, install, refuse_name, refuse_unready
 from .errors import LoraLiteError, LoraLiteWarning, some
 from .targets import Layer, is_linear, unwrapped
 
@@ -37,13 +38,17 @@ def fingerprint(layer: Layer) -> dict[str, Any]:
     flat = weight.reshape(-1)
     if flat.numel() > WHOLE_BELOW:
         flat = flat[torch.linspace(0, flat.numel() - 1, SAMPLE, dtype=torch.float64).long().to(flat.device)]
-    flat = flat.contiguous().cpu()
-    content = ctypes.string_at(flat.data_ptr(), flat.nbytes)
     return {
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "sha256": hashlib.sha256(content).hexdigest()[:32],
+        "sha256": digest(flat),
     }
+
+
+def digest(tensor: Tensor) -> str:
+    """Hash of the numbers as they are stored."""
+    flat = tensor.detach().contiguous().cpu()
+    return hashlib.sha256(ctypes.string_at(flat.data_ptr(), flat.nbytes)).hexdigest()[:32]
 
 
 def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None:
@@ -73,9 +78,9 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
             LoraLiteWarning,
             stacklevel=2,
         )
-    tensors = {
-        f"{f.path}.{key}": tensor.detach().contiguous().cpu() for f in found for key, tensor in f.adapter.state_dict().items()
-    }
+    stored, drawn = shared_content({f.path: f.adapter for f in found})
+    own = {f"{f.path}.{key}": tensor for f in found for key, tensor in f.adapter.own_state().items()}
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in {**stored, **own}.items()}
     header = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -85,8 +90,26 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
         "layers": json.dumps([f.path for f in found]),
         "base": json.dumps({f.path: fingerprint(f.layer) for f in found}),
         "versions": json.dumps({"torch": torch.__version__, "safetensors": safetensors.__version__}),
+        **({"drawn": json.dumps(drawn)} if drawn else {}),
     }
     write_atomically(Path(path), serialized(tensors, header))
+
+
+def shared_content(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors to store under `*.name`, {name: hash of the float32 draw} of those that load can draw again).
+
+    A tensor that is not its draw any more, because the model was cast to fewer bits and back, is stored.
+    """
+    stored, drawn = {}, {}
+    seed = next(iter(adapters.values())).cfg.seed
+    for name, (spec, _) in shared.declared(adapters).items():
+        tensor = shared.holders(adapters, name)[0].tensor
+        value = None if spec.saved else shared.draws(adapters, seed)[name]
+        if value is not None and torch.equal(value.to(tensor.device, tensor.dtype), tensor):
+            drawn[name] = digest(value.float())
+        else:
+            stored[f"*.{name}"] = tensor
+    return stored, drawn
 
 
 def serialized(tensors: dict[str, Tensor], header: dict[str, str]) -> bytes:
@@ -160,8 +183,8 @@ def check_header(path: str | Path, header: dict[str, str]) -> None:
         if not lacking:
             int(header["version"])
             layers, base = json.loads(header["layers"]), json.loads(header["base"])
-            for field in ("config", "versions"):
-                json.loads(header[field])
+            for field in ("config", "versions", "drawn"):
+                json.loads(header.get(field, "{}"))
             lacking = [] if layers and set(layers) == set(base) else ["a fingerprint for each layer"]
     except ValueError as error:
         raise LoraLiteError(f"{path} has a damaged header: {error}.", fix="ll.save(model, path)") from error
@@ -194,8 +217,8 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None, strict_
     refuse_name(model, targets, name)
     if strict_base:
         refuse_other_base(path, targets, json.loads(header["base"]))
-    adapters = {layer_path: build(cls, layer_path, layer, cfg) for layer_path, layer in targets.items()}
-    restore(path, adapters, tensors)
+    adapters = build_all(cls, targets, cfg)
+    restore(path, adapters, tensors, redrawn(path, adapters, cfg.seed, json.loads(header.get("drawn", "{}"))))
     install(unwrapped(model), targets, adapters, name, cfg)
     return handle(model, name, cfg, adapters)
 
@@ -230,9 +253,26 @@ def refuse_other_base(path: str | Path, targets: dict[str, Layer], saved: dict[s
         )
 
 
-def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> None:
-    """Copy the file's tensors into the built adapters. Raises LoraLiteError naming missing, unexpected and misshaped ones."""
-    places = {f"{p}.{key}": tensor for p, adapter in adapters.items() for key, tensor in adapter.state_dict().items()}
+def redrawn(path: str | Path, adapters: dict[str, Adapter], seed: int, hashes: dict[str, str]) -> dict[str, Tensor]:
+    """The shared tensors that the file leaves out, drawn from the seed. Raises LoraLiteError where a hash differs."""
+    values = shared.draws(adapters, seed) if hashes else {}
+    if wrong := [name for name, hash_ in hashes.items() if name not in values or digest(values[name].float()) != hash_]:
+        raise LoraLiteError(
+            f"{path}: {some(wrong)} cannot be drawn again from seed={seed}.",
+            expected="The numbers that the training drew; generators differ between versions of torch.",
+            fix="ll.attach(model, dataclasses.replace(cfg, save_shared=True))  # trains an adapter that stores them",
+        )
+    return {name: values[name] for name in hashes}
+
+
+def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, Tensor], known: dict[str, Tensor]) -> None:
+    """Copy the file's tensors into the built adapters, `known` shared ones beside them.
+
+    Raises LoraLiteError naming missing, unexpected and misshaped ones.
+    """
+    places = {f"{p}.{key}": tensor for p, adapter in adapters.items() for key, tensor in adapter.own_state().items()}
+    common = {name: shared.holders(adapters, name) for name in shared.declared(adapters)}
+    places |= {f"*.{name}": found[0].tensor for name, found in common.items() if name not in known}
     problems = [f"missing {key}" for key in places.keys() - tensors.keys()]
     problems += [f"unexpected {key}" for key in tensors.keys() - places.keys()]
     problems += [
@@ -254,3 +294,4 @@ def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, T
     with torch.no_grad():
         for key, place in places.items():
             place.copy_(tensors[key])
+        shared.fill(adapters, {**{name: tensors[f"*.{name}"] for name in common if name not in known}, **known})

@@ -28,8 +28,8 @@ def lin(z: Tensor, M: Tensor) -> Tensor:
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """scale * B A x, the scale applied at rank r: (..., i), (r, i), (o, r) -> (..., o)."""
-    return lin(lin(x, A) * scale, B)
+    """B diag(scale) A x: (..., i), (r, i), (o, r) -> (..., o); scale is a number or broadcasts to (..., r)."""
+    return lin((lin(x, A) * scale).to(x.dtype), B)
 
 
 def per_value(coeff: float | Tensor, z: Tensor, change: Callable[[float, Tensor], Tensor]) -> Tensor:

@@ -186,7 +186,10 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """One adapter on one layer. fired: its hook ran at least once; hooked: its hooks are still on the layer."""
+    """One adapter on one layer. fired: its hook ran at least once; hooked: its hooks are still on the layer.
+
+    frozen counts a tensor that several layers share where it stands first.
+    """
 
     name: str
     path: str
@@ -254,6 +257,8 @@ def short(coeff: float | Tensor) -> str:
 
 def status(model: nn.Module) -> Status:
     """What is attached where, in which state: per adapter and layer the variant, numbers, dtype, coefficient, fired or dead."""
+    found = adapters(model)
+    first = {id(holder): f.adapter for f in reversed(found) for holder in f.adapter.shared.values()}
     return Status(
         tuple(
             LayerStatus(
@@ -261,7 +266,8 @@ def status(model: nn.Module) -> Status:
                 path=path,
                 variant=adapter.variant,
                 trainable=sum(p.numel() for p in adapter.parameters()),
-                frozen=sum(b.numel() for b in adapter.buffers()),
+                frozen=sum(b.numel() for key, b in adapter.named_buffers() if key not in adapter.shared)
+                + sum(holder.tensor.numel() for holder in adapter.shared.values() if first[id(holder)] is adapter),
                 dtype=next(iter(adapter.state_dict().values())).dtype,
                 coeff=adapter.coeff,
                 fired=adapter.fired,
@@ -269,6 +275,6 @@ def status(model: nn.Module) -> Status:
                 merged=adapter.original is not None,
                 report=dict(adapter.report),
             )
-            for path, _, name, adapter in adapters(model)
+            for path, _, name, adapter in found
         )
     )

@@ -1,7 +1,9 @@
 """ParamSpec: the declaration of one tensor of a variant, and the functions that give tensors their start values."""
 
+import contextlib
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,9 +47,12 @@ class ParamSpec:
     identity   the value at which this tensor alone has no effect, None where there is no such constant
     decay      may weight decay pull this tensor to 0; only lawful where 0 is its identity
     lr         a learning rate of its own; None: the adapter's
+    shared     one frozen tensor for all layers of an attach, of which each sees the leading part of its `shape`; `start` is
+               given the whole tensor's shape, the largest on each axis
+    saved      False: a shared tensor that checkpoints leave out; load draws it again from the seed and compares a hash
 
-    Raises LoraLiteError for an empty shape, an axis below 1, decay towards anything but the identity, and a learning rate of
-    0 or less.
+    Raises LoraLiteError for an empty shape, an axis below 1, decay towards anything but the identity, a learning rate of 0 or
+    less, a trained tensor that is shared and a tensor of one layer that is not saved.
     """
 
     shape: Shape
@@ -56,6 +61,8 @@ class ParamSpec:
     identity: float | None = None
     decay: bool = False
     lr: float | None = None
+    shared: bool = False
+    saved: bool = True
 
     def __post_init__(self) -> None:
         shape = tuple(self.shape)
@@ -85,3 +92,29 @@ class ParamSpec:
                 expected="A learning rate above 0, or None for the adapter's.",
                 fix="ParamSpec(shape, trainable=False)  # for a tensor that is not to move",
             )
+        if (self.shared and self.trainable) or not (self.saved or self.shared):
+            raise LoraLiteError(
+                f"ParamSpec(trainable={self.trainable}, shared={self.shared}, saved={self.saved}) cannot be built.",
+                expected="Layers share frozen tensors only, and only those can be drawn again.",
+                fix="ParamSpec(shape, start, trainable=False, shared=True, saved=False)",
+            )
+
+
+@contextlib.contextmanager
+def seeded(*key: object) -> Iterator[None]:
+    """torch's CPU generator seeded from the key, and as it was afterwards; new tensors are on the CPU."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(zlib.crc32(repr(key).encode()))  # torch.manual_seed reseeds accelerators too
+        yield
+
+
+def drawn(spec: ParamSpec, shape: Shape, *key: object) -> Tensor:
+    """The start value of `spec` for this shape, the same for the same key. Raises LoraLiteError where it has another shape."""
+    with seeded(*key):
+        value = spec.start(shape)
+    if tuple(value.shape) != shape:
+        raise LoraLiteError(
+            f"The start of {key[-1]} has shape {tuple(value.shape)}.",
+            expected=f"ParamSpec says {shape}.",
+        )
+    return value
