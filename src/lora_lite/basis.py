@@ -27,7 +27,7 @@ def needed(cfg: Any) -> tuple[str, ...]:
 def basis(cfg: Any, stats: Stats, path: str, W: Float[Tensor, "o i"]) -> Float[Tensor, "o r"]:
     """U in float64, as `cfg.basis` says. Raises LoraLiteError for fewer tokens than directions."""
     if cfg.basis == "asvd":
-        return left_svd(W * channel_scale(cfg, stats, path).to(W), cfg.r)[0]
+        return left_svd(W * channel_scale(cfg, stats, path, W), cfg.r)[0]
     if cfg.basis == "select":
         U = left_svd(W, min(W.shape))[0]
         return U[:, scores(cfg, stats, path, U).topk(cfg.r).indices.sort().values]
@@ -36,10 +36,11 @@ def basis(cfg: Any, stats: Stats, path: str, W: Float[Tensor, "o i"]) -> Float[T
     return oriented_left_svd(METRIC[cfg.basis], stats, path, W, cfg.r, cfg.damp)[0]
 
 
-def channel_scale(cfg: Any, stats: Stats, path: str) -> Float[Tensor, " i"]:
+def channel_scale(cfg: Any, stats: Stats, path: str, like: Tensor) -> Float[Tensor, " i"]:
     """q of "asvd": (mean |x_j|)^asvd_alpha or, with asvd_stat="rms", (mean x_j^2)^(asvd_alpha / 2)."""
-    n = stats["n"][path]
-    mean = stats["x_abs"][path] / n if cfg.asvd_stat == "abs_mean" else (stats["x_sq"][path] / n).sqrt()
+    name = "x_abs" if cfg.asvd_stat == "abs_mean" else "x_sq"
+    mean = (stats[name][path] / stats["n"][path]).to(like)
+    mean = mean if name == "x_abs" else mean.sqrt()
     q = mean**cfg.asvd_alpha
     return q + 1e-6 * q.max()  # a channel that is silent on the data still counts a little
 
@@ -51,6 +52,13 @@ def scores(cfg: Any, stats: Stats, path: str, U: Float[Tensor, "o k"]) -> Float[
     return ((stats["y_moment"][path].to(U) @ U) * U).sum(0).clamp(min=0).sqrt()
 
 
+def output_moment(stats: Stats, path: str, W: Float[Tensor, "o i"]) -> Tensor | None:
+    """sum (y - b)(y - b)^T where the statistics give it: measured, or as sum (y - b) x^T W^T."""
+    if "yx_moment" in stats and "y_moment" not in stats:
+        return stats["yx_moment"][path].to(W) @ W.T
+    return stats["y_moment"][path].to(W) if "y_moment" in stats else None
+
+
 def contrast_names(cfg: Any) -> tuple[str, ...]:
     """The statistics of the two classes' mean outputs."""
     at = "/last" if cfg.positions == "last" else ""
@@ -58,7 +66,7 @@ def contrast_names(cfg: Any) -> tuple[str, ...]:
 
 
 def has_contrast(cfg: Any, stats: Stats) -> bool:
-    return set(contrast_names(cfg)) <= set(stats)
+    return hasattr(cfg, "positions") and set(contrast_names(cfg)) <= set(stats)
 
 
 def contrast(cfg: Any, stats: Stats, path: str, like: Tensor) -> Float[Tensor, " o"]:

@@ -8,10 +8,11 @@ formula   h = U^T t,  y' = y + U core(h);  U (o, r) frozen with orthonormal colu
 import math
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 
 from .annotations import Any, Float, Literal, Parameter, Tensor
-from .basis import basis, contrast, has_contrast, needed
+from .basis import basis, contrast, has_contrast, needed, output_moment
 from .calibrate import Stats
 from .contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass
 from .errors import LoraLiteError
@@ -20,7 +21,18 @@ from .linalg import bounded, box, cayley_shift, lin, skew, without_bias
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubspaceConfig(AdapterConfig):
+class OutputConfig(AdapterConfig):
+    """include_bias: the method acts on y, not on y - b. A child that stands for one orientation adds `basis` and its options."""
+
+    r: int = 256
+    alpha: None = None
+    rslora: Literal[False] = False
+    include_bias: bool = False
+    lr: float = 5e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceConfig(OutputConfig):
     """basis is the choice of U, the r leading left singular vectors of
 
         svd         W
@@ -33,20 +45,14 @@ class SubspaceConfig(AdapterConfig):
     asvd_stat     abs_mean as above, or rms: the root of mean x_j^2 instead
     select_score  rms of u_k^T (y - b), or contrast: |u_k^T m|, m the difference of the two classes' mean outputs
     positions     tokens that m averages over: the last of each row, or all
-    include_bias  the method acts on y, not on y - b
     """
 
-    r: int = 256
-    alpha: None = None
-    rslora: Literal[False] = False
     basis: Literal["svd", "corda", "corda_full", "asvd", "select"] = "svd"
     damp: float = 0.0
     asvd_alpha: float = 0.5
     asvd_stat: Literal["abs_mean", "rms"] = "abs_mean"
     select_score: Literal["rms", "contrast"] = "rms"
     positions: Literal["last", "all"] = "last"
-    include_bias: bool = False
-    lr: float = 5e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,8 +114,8 @@ class OutputSubspace(Adapter):
         self.U.copy_(U)
         if "sigma" in self.specs():
             self.sigma.copy_((W.T @ U).norm(dim=0))
-        if "y_moment" in stats:
-            G = stats["y_moment"][path].to(U)
+        G = output_moment(stats, path, W)
+        if G is not None:
             self.report["capture"] = float((U.T @ G @ U).trace() / G.trace())
         if has_contrast(self.cfg, stats):
             self.report["contrast_capture"] = float((U.T @ contrast(self.cfg, stats, path, U)).norm())
@@ -144,6 +150,12 @@ class GainSubspace(OutputSubspace):
 def gain(coeff: Any, g: Float[Tensor, " r"], suppress_only: bool) -> Float[Tensor, "... r"]:
     """f - 1 of the factors f = exp(c g) for c g <= 0, 1 + c g above; suppress_only holds g at 0 or below."""
     return F.elu(coeff * (box(g, -math.inf, 0.0) if suppress_only else g))
+
+
+def floored(sigma: Float[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """sigma, at least 1e-6 of the largest, and 1 where all are 0: what the coordinates h may be divided by."""
+    sigma = sigma.clamp(min=1e-6 * sigma.max())
+    return torch.where(sigma > 0, sigma, 1.0)
 
 
 def angles(cfg: Any) -> ParamSpec:

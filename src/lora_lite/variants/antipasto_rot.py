@@ -18,7 +18,7 @@ from ..annotations import Float, Literal, Parameter, Tensor
 from ..contract import ParamSpec, Specs, dataclass, register
 from ..linalg import block_product, per_value
 from ..spec import constant
-from ..subspace import OutputSubspace, SubspaceConfig, angles, rotation
+from ..subspace import OutputSubspace, SubspaceConfig, angles, floored, rotation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class AntiPaSTORot(OutputSubspace):
         return per_value(self.coeff, h, self.at)
 
     def at(self, c: float, h: Float[Tensor, "... r"]) -> Float[Tensor, "... r"]:
-        b, angle, sigma = self.cfg.block_size, self.cfg.max_angle, self.sigma.clamp(min=1e-6 * self.sigma.max())
+        b, angle, sigma = self.cfg.block_size, self.cfg.max_angle, floored(self.sigma)
         p = h / sigma
         turned = 0 * p if self.cfg.rotate == "U" else block_product(p, rotation(self.theta_v, c, b, angle).mT)
         delta = sigma * turned + c * self.d * (p + turned)
