@@ -138,11 +138,10 @@ def train(
 
 
 def calibration_data(task: Task, cls: Any, cfg: ll.AdapterConfig, settings: Settings) -> Any:
-    """Unlabelled training batches for variants that start from data, from steps that training does not reach."""
+    """Training batches for variants that start from data, from steps that training does not reach."""
     if not (cls.needs(cfg) or cls.wants(cfg)):
         return None
-    batches = [task.batch(settings.steps + index) for index in range(settings.calibration_batches)]
-    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    return [task.batch(settings.steps + index) for index in range(settings.calibration_batches)]
 
 
 def fitting(model: nn.Module, cfg: ll.AdapterConfig) -> ll.AdapterConfig:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.calibrate import STATISTICS, Weights, full_precision, measure, parse, require_tokens
+from lora_lite.calibrate import STATISTICS, Weights, parse, require_tokens
+from lora_lite.measure import full_precision, measure
 from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 
@@ -362,13 +363,28 @@ def input_of(model, path, x):
 # --- names and refusals -----------------------------------------------------------------------------------------------
 
 
-def test_names_are_read_in_parts():
-    assert parse("y_sum") == ("y_sum", "", None)
-    assert parse("y_sum/last:positive") == ("y_sum", "last", "positive")
-    assert parse("yx_moment/call:negative") == ("yx_moment", "call", "negative")
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("y_sum", ("y_sum", "", None, False)),
+        ("y_sum/last:positive", ("y_sum", "last", "positive", False)),
+        ("yx_moment/call:negative", ("yx_moment", "call", "negative", False)),
+        ("x_sum/labels", ("x_sum", "labels", None, True)),
+        ("x_sketch[8,64]/labels", ("x_sketch", "labels", None, True)),
+        ("n", ("n", "", None, True)),
+        ("wgrad", ("wgrad", "", None, False)),
+    ],
+)
+def test_names_are_read_in_parts(name, parts):
+    request = parse(name)
+    assert (request.statistic, request.position, request.label, request.of_input) == parts
 
 
-@pytest.mark.parametrize("name", ["y_summ", "y_sum/first", "y_sum:neutral", "y_sum:positive/last", "", "y_sum/last/call"])
+@pytest.mark.parametrize("name", [
+        "y_summ", "y_sum/first", "y_sum:neutral", "y_sum:positive/last", "", "y_sum/last/call",
+        "wgrad/last", "x_sketch", "x_sketch[8]", "y_sum[8,8]",
+    ],
+)  # fmt: skip
 def test_unknown_statistic_is_refused(name):
     with pytest.raises(ll.LoraLiteError, match=f"no statistic {re.escape(repr(name))}.*last.*call.*positive"):
         parse(name)

@@ -102,13 +102,24 @@ class Adapter(nn.Module):
 
     @staticmethod
     def needs(cfg: Any) -> tuple[str, ...]:
-        """Names of the statistics that `group_init` cannot do without (see calibrate.py)."""
+        """Names of the statistics that `ranks` and `group_init` cannot do without (see calibrate.py).
+
+        For "wgrad" the loss is `cfg.loss_fn(model, batch)` where the config has such a field, else `measure.default_loss`.
+        """
         return ()
 
     @staticmethod
     def wants(cfg: Any) -> tuple[str, ...]:
         """Names of the statistics that `group_init` uses where calibration data is given."""
         return ()
+
+    @staticmethod
+    def ranks(adapters: dict[str, Any], stats: Stats, cfg: Any) -> dict[str, int]:
+        """Ranks that the statistics give the layers, 0 for none, before anything is filled; {} keeps the config's.
+
+        Asked where the config has no rank_pattern; what it says is written there, so that load needs no data.
+        """
+        return {}
 
     def init(self, W: Tensor) -> None:
         """Fill tensors from W (d_out, d_in), a float32 copy of the weight. Once, at attach."""

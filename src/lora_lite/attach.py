@@ -1,5 +1,7 @@
 """attach and detach, and the handle that attach and load return. Whatever can fail does so before the model is changed."""
 
+import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +12,10 @@ from torch import nn
 
 from . import runtime, shared
 from .adapter import Adapter, Group
-from .calibrate import LABELS, Stats, Weights, measure
+from .calibrate import LABELS, Stats, Weights
 from .config import AdapterConfig
 from .errors import LoraLiteError, some
+from .measure import measure
 from .registry import variant_of
 from .spec import seeded
 from .targets import Layer, dense_weight, find_targets, linears, plain, refuse_wrapped, role, selected, sizes, unwrapped
@@ -24,7 +27,7 @@ class Attached:
 
     model    the model that was adapted                  name    of this adapter
     config   its frozen config                           layers  {path: adapter module}
-    skipped  {path: reason} for layers that targets matched and roles left out
+    skipped  {path: reason} for layers that targets matched and roles or a rank of 0 left out
     """
 
     model: nn.Module
@@ -92,7 +95,12 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
     refuse_name(model, targets, name)
     adapters = build_all(cls, targets, cfg)
     with runtime.disabled(model):
-        stats = measure(model, targets, wanted, calibration_data) if wanted else {"weight": Weights(targets)}
+        loss_fn = getattr(cfg, "loss_fn", None)
+        stats = measure(model, targets, wanted, calibration_data, loss_fn) if wanted else {"weight": Weights(targets)}
+    ranked = with_ranks(cls, cfg, adapters, stats)
+    if ranked is not cfg:
+        cfg, targets = ranked, find_targets(model, ranked)
+        adapters = build_all(cls, targets, cfg)
     fill(cls, cfg, targets, adapters, stats)
     refuse_non_finite(adapters)
     install(model, targets, adapters, name, cfg)
@@ -108,6 +116,16 @@ def refuse_unready(model: nn.Module) -> None:
         raise LoraLiteError(
             "Tensors made in inference mode can never be trained.", expected="A call outside it.", fix="ll.attach(model, cfg)"
         )
+
+
+@torch.no_grad()
+def with_ranks(cls: type[Adapter], cfg: AdapterConfig, adapters: dict[str, Adapter], stats: Stats) -> AdapterConfig:
+    """The config with the ranks that the variant takes from the data in rank_pattern, where they differ from its r."""
+    if cfg.rank_pattern:
+        return cfg
+    found = cls.ranks(adapters, stats, cfg)
+    pattern = {f"^{re.escape(path)}$": rank for path, rank in found.items() if rank != cfg.r}
+    return dataclasses.replace(cfg, rank_pattern=pattern) if pattern else cfg
 
 
 @torch.no_grad()
@@ -128,9 +146,9 @@ def fill(cls: type[Adapter], cfg: AdapterConfig, targets: dict[str, Layer], adap
 
 def handle(model: nn.Module, name: str, cfg: AdapterConfig, adapters: dict[str, Adapter]) -> Attached:
     skipped = {
-        path: f"a {role(path)}; roles={cfg.roles}"
+        path: "rank 0" if cfg.rank_at(path) == 0 else f"a {role(path)}; roles={cfg.roles}"
         for path in linears(model)
-        if cfg.roles and path not in adapters and selected(path, cfg)
+        if path not in adapters and selected(path, cfg) and (cfg.roles or cfg.rank_at(path) == 0)
     }
     return Attached(model, name, cfg, adapters, skipped)
 

@@ -1,4 +1,4 @@
-"""Streaming statistics of the layers' inputs and outputs on calibration data; activations are never kept.
+"""The statistics of the layers' inputs and outputs that a variant may ask for by name; measure.py streams them.
 
 A statistic is a sum over kept tokens, accumulated in float64 from float32 (or better) products of one batch:
 
@@ -12,20 +12,24 @@ A statistic is a sum over kept tokens, accumulated in float64 from float32 (or b
     y_sum      sum (y - b)                               (o,)
     y_moment   sum (y - b)(y - b)^T                      (o, o)
     yx_moment  sum (y - b) x^T                           (o, i)
+    x_sketch[q,m]  x_moment times `sketch_matrix(i, q, m)`: x_moment itself for i up to m, (i, q) beyond
+    wgrad      sum d x^T, d = dLoss/dy: the loss's gradient with respect to W, no parameter needing a gradient   (o, i)
 
-`NAME/last` sums over the last kept token of each row only; `NAME/call` after x and y - b of each call were divided by |max x|,
-so that calls count alike whatever their scale; `NAME:positive` and `NAME:negative` over the batches of that label, for data
-given as {"positive": batches, "negative": batches}. Example: "y_sum/last:positive".
+`NAME/last` sums over the last kept token of each row only; `NAME/labels` over those whose label is not -100, where batches
+have labels; `NAME/call` after x and y - b of each call were divided by |max x|, so that calls count alike whatever their scale;
+`NAME:positive` and `NAME:negative` over the batches of that label, for data given as {"positive": batches, "negative":
+batches}. Example: "y_sum/last:positive". Layers that receive the same tensor hold one sum of their inputs together.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .errors import LoraLiteError, closest, some
+from .errors import LoraLiteError, closest
 from .targets import Layer, dense_weight
 
 LABELS = ("positive", "negative")
@@ -62,17 +66,47 @@ class Weights(Mapping[str, Tensor]):
 Stats = Mapping[str, Mapping[str, Tensor]]
 
 
-def parse(name: str) -> tuple[str, str, str | None]:
-    """(statistic, "" or "last" or "call", label) of a name. Raises LoraLiteError for a statistic that does not exist."""
-    statistic, _, label = name.partition(":")
-    statistic, _, position = statistic.partition("/")
-    if statistic not in STATISTICS or position not in ("", "last", "call") or label not in ("", *LABELS):
+class Request(NamedTuple):
+    """A statistic's name in parts; of_input: it does not depend on y."""
+
+    statistic: str
+    value: Callable[[Tensor, Tensor], Tensor] | None  # of one call's kept rows; None: comes with the backward pass
+    position: str
+    label: str | None
+    of_input: bool
+
+
+NAME = re.compile(r"(?P<statistic>\w+)(?:\[(?P<q>\d+),(?P<m>\d+)\])?(?:/(?P<position>last|labels|call))?(?::(?P<label>\w+))?")
+
+
+def parse(name: str) -> Request:
+    """The parts of a name. Raises LoraLiteError for a statistic that does not exist."""
+    found = NAME.fullmatch(name)
+    statistic, q, m, position, label = found.groups() if found else (name.partition("/")[0], None, None, None, None)
+    known = statistic in STATISTICS and q is None
+    known |= (statistic == "x_sketch" and q is not None) or (statistic == "wgrad" and q is None and position is None)
+    if found is None or not known or label not in (None, *LABELS):
         raise LoraLiteError(
             f"There is no statistic {name!r}.",
-            expected="<statistic>[/last|/call][:positive|:negative].",
-            found=closest(statistic, STATISTICS),
+            expected="<statistic>[/last|/labels|/call][:positive|:negative], and wgrad without a position.",
+            found=closest(statistic, (*STATISTICS, "x_sketch[q,m]", "wgrad")),
         )
-    return statistic, position, label or None
+    value = STATISTICS.get(statistic)
+    if q is not None:
+        value = functools.partial(sketch, q=int(q), whole=int(m))
+    return Request(statistic, value, position or "", label, statistic in ("n", "calls") or statistic.startswith("x_"))
+
+
+def sketch(x: Tensor, y: Tensor, q: int, whole: int) -> Tensor:
+    return x.T @ (x @ sketch_matrix(x.shape[1], q, whole).to(x))
+
+
+@functools.lru_cache(maxsize=8)
+def sketch_matrix(i: int, q: int, whole: int) -> Tensor:
+    """(i, min(i, q)) with orthonormal columns, the same at every call; the identity (i, i) for i up to `whole`."""
+    if i <= max(whole, q):
+        return torch.eye(i)
+    return torch.linalg.qr(torch.randn(i, q, generator=torch.Generator().manual_seed(0))).Q
 
 
 def labelled(data: Any) -> dict[str | None, Iterable[Any]]:
@@ -98,31 +132,16 @@ def labelled(data: Any) -> dict[str | None, Iterable[Any]]:
     return parts
 
 
-def run_batch(model: nn.Module, batch: Any) -> None:
-    """Call the model with a mapping, a tuple or list, or a tensor, moved to the model's device."""
-    device = next(model.parameters()).device
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        model(**{name: move(value) for name, value in batch.items()})
-    elif isinstance(batch, (tuple, list)):
-        model(*map(move, batch))
-    else:
-        model(move(batch))
-
-
-def kept_rows(path: str, shape: torch.Size, mask: Tensor | None, last: bool) -> Tensor:
-    """Indices of the flattened tokens that count: not padding; with `last` the last of them in each row."""
+def kept_rows(path: str, shape: torch.Size, mask: Tensor | None, last: bool = False, what: str = "attention_mask") -> Tensor:
+    """Indices of the flattened tokens that count: those of the mask; with `last` the last of them in each row."""
     tokens = shape[:-1].numel()
     if mask is None:
         mask = torch.ones(shape[:-1] if len(shape) > 2 else (tokens, 1), dtype=torch.bool)
     elif mask.numel() != tokens or (mask.ndim == len(shape) - 1 and mask.shape != shape[:-1]):
         raise LoraLiteError(
             f"{path} sees activations of shape {tuple(shape)}.",
-            expected=f"attention_mask of shape {tuple(mask.shape)} must cover the same tokens.",
-            fix=f'exclude=("{path}",)  # or batches without attention_mask',
+            expected=f"{what} of shape {tuple(mask.shape)} must cover the same tokens.",
+            fix=f'exclude=("{path}",)  # or batches without {what}',
         )
     if not ((mask == 0) | (mask == 1)).all():
         raise LoraLiteError(
@@ -136,119 +155,6 @@ def kept_rows(path: str, shape: torch.Size, mask: Tensor | None, last: bool) -> 
         final = torch.where(mask, position, -1).amax(-1, keepdim=True)
         mask = mask & (position == final)
     return mask.reshape(-1).nonzero()[:, 0]
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """eval mode and no gradient; every module's own mode comes back, also after an error."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 products without autocast and TF32, whose 8 and 10 bits would be the accuracy of the sums."""
-    matmul = torch.backends.cuda.matmul
-    setting, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, setting)
-    setattr(matmul, setting, exact)
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        setattr(matmul, setting, before)
-
-
-def measure(model: nn.Module, layers: dict[str, Layer], wanted: Iterable[str], data: Any) -> Stats:
-    """Stream the data once through the base model; {name: {path: sum}} in float64 for the wanted statistics.
-
-    data  batches, or {"positive": batches, "negative": batches}; a batch is a mapping (whose attention_mask drops padding),
-          a tuple or a tensor.
-    Raises LoraLiteError, naming the layer, for no batches, a layer that was never called, non-finite activations, and a mask
-    that does not fit.
-    """
-    requests = {name: parse(name) for name in wanted}
-    parts = labelled(data)
-    for name, (_, _, label) in requests.items():
-        if label is not None and label not in parts:
-            raise LoraLiteError(
-                f"The statistic {name} needs labelled calibration data.",
-                found="The batches carry no labels.",
-                fix='calibration_data={"positive": batches, "negative": other_batches}',
-            )
-    sums: dict[str, dict[str, Tensor]] = {name: {} for name in requests}
-    state: dict[str, Any] = {"label": None, "mask": None}
-
-    def observe(path: str, layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        mask = state["mask"]
-        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        chosen = {}
-        for name, (statistic, position, label) in requests.items():
-            if label is not None and label != state["label"]:
-                continue
-            if position not in chosen:
-                rows = kept_rows(path, x.shape, mask, position == "last").to(x.device)
-                wide = torch.promote_types(torch.float32, x.dtype)
-                kept, seen = flat_x[rows].to(wide), flat_y[rows].to(wide)
-                seen = seen if layer.bias is None else seen - layer.bias.to(wide)
-                unit = kept.max().abs() if position == "call" and len(kept) else 1
-                chosen[position] = kept / unit, seen / unit
-                if not all(t.isfinite().all() for t in chosen[position]):
-                    raise LoraLiteError(
-                        f"{path} has activations that are not finite on calibration data.",
-                        expected="Statistics need finite numbers.",
-                        fix="model.float()  # or look for overflow in the batches",
-                    )
-            with full_precision(x.device):
-                value = STATISTICS[statistic](*chosen[position]).double()
-            sums[name][path] = sums[name][path] + value if path in sums[name] else value
-
-    handles = [
-        layer.register_forward_hook(
-            lambda layer, args, kwargs, y, path=path: observe(path, layer, args, kwargs, y), with_kwargs=True
-        )
-        for path, layer in layers.items()
-    ]
-    try:
-        with evaluating(model):
-            for label, batches in parts.items():
-                count = 0
-                for batch in batches:
-                    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                    state.update(label=label, mask=mask)
-                    run_batch(model, batch)
-                    count += 1
-                if count == 0:
-                    raise LoraLiteError(
-                        f"calibration_data{f'[{label!r}]' if label else ''} is empty.",
-                        expected="At least one batch.",
-                        fix="calibration_data=[batch, ...]  # a list, not a generator that was read before",
-                    )
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    for name, by_path in sums.items():
-        if unseen := [path for path in layers if path not in by_path]:
-            raise LoraLiteError(
-                f"{some(unseen)} were never called on the calibration data.",
-                expected="An adapter acts when its layer is called; a layer that is not cannot be adapted.",
-                fix=f"exclude=({unseen[0]!r},)",
-            )
-        if parse(name)[0] == "n" and (empty := [path for path, n in by_path.items() if n.item() == 0]):
-            raise LoraLiteError(
-                f"{name} is 0 at {empty[0]}: every token is padding.",
-                expected="At least one token that attention_mask keeps.",
-                fix="attention_mask = input_ids != pad_token_id",
-            )
-    return {**sums, "weight": Weights(layers)}
 
 
 def require_tokens(stats: Stats, path: str, least: int, what: str, name: str = "n") -> float:

@@ -28,7 +28,7 @@ class AdapterConfig:
     exclude       the same for layers to leave out
     layers        block indices: the first number in the path; None takes all
     roles         keep only layers that read from or write to the residual stream; a layer of unknown role stays, with a warning
-    rank_pattern  regular expression -> r for the layers it matches; the first match counts
+    rank_pattern  regular expression -> r for the layers it matches; the first match counts, and 0 leaves the layer out
     dtype         of the adapter's own tensors; lowered to the activations' dtype inside each product
     buffer_dtype  of frozen matrices; None: the dtype of the base weight
     seed          of random starts, together with layer path and tensor name
@@ -75,15 +75,13 @@ class AdapterConfig:
                     else f"{name}: {readable(hint)}.",
                     fix=f"{type(self).__name__}()  # without {name}" if unused else "",
                 )
-        positive = {
-            "r": self.r,
-            "alpha": self.alpha,
-            "lr": self.lr,
-            **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()},
-        }
-        for name, value in positive.items():
+        for name in ("r", "alpha", "lr"):
+            value = getattr(self, name)
             if value is not None and value <= 0:
                 self.refuse(name, value, "a number above 0")
+        for pattern, rank in self.rank_pattern.items():
+            if rank < 0:
+                self.refuse(f"rank_pattern[{pattern!r}]", rank, "a rank, or 0 for no adapter")
         for name in ("coeff", "alpha", "lr"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 self.refuse(name, getattr(self, name), "a finite number")
@@ -110,15 +108,18 @@ class AdapterConfig:
         alpha = self.r if self.alpha is None else self.alpha
         return alpha / (self.r**0.5 if self.rslora else self.r)
 
+    def rank_at(self, path: str) -> int:
+        """The rank that `rank_pattern` gives the layer at `path`, else r."""
+        return next((rank for pattern, rank in self.rank_pattern.items() if re.search(pattern, path)), self.r)
+
     def for_layer(self: C, path: str) -> C:
-        """This config with the rank that `rank_pattern` gives the layer at `path`."""
-        for pattern, rank in self.rank_pattern.items():
-            if re.search(pattern, path):
-                return dataclasses.replace(self, r=rank)
-        return self
+        """This config with the rank of the layer at `path`."""
+        rank = self.rank_at(path)
+        return self if rank == self.r else dataclasses.replace(self, r=rank)
 
     def to_json(self) -> str:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """Every field; those that only serve the start and are no data (`metadata={"transient": True}`) as null."""
+        values = {f.name: None if f.metadata.get("transient") else getattr(self, f.name) for f in dataclasses.fields(self)}
         return json.dumps(values, default=lambda dtype: str(dtype).removeprefix("torch."))
 
     @classmethod

@@ -17,10 +17,11 @@ class LoraLiteWarning(UserWarning):
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """'Closest name: x.' for the known word nearest to `word`, else the list of all of them."""
+    """'Closest name: x.' for the known word nearest to `word`, case aside, else the list of all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"Closest name: {near[0]}." if near else f"Known: {', '.join(known)}."
+    lowered = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
+    return f"Closest name: {lowered[near[0]]}." if near else f"Known: {', '.join(known)}."
 
 
 def some(names: Iterable[str], most: int = 6) -> str:

@@ -22,6 +22,7 @@ CONTRACT = {
     "param_specs": ["d_in", "d_out", "cfg"],
     "needs": ["cfg"],
     "wants": ["cfg"],
+    "ranks": ["adapters", "stats", "cfg"],
     "init": ["self", "W"],
     "group_init": ["adapters", "stats", "cfg"],
     "forward": ["self", "x", "y", "base"],

@@ -191,6 +191,13 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> dict[str, Layer]:
             fix=f"{type(cfg).__name__}(targets={(list(present)[-1].rpartition('.')[2],)!r}, roles=None)",
         )
     refuse_unused_patterns(model, cfg, chosen)
+    chosen = {path: layer for path, layer in chosen.items() if cfg.rank_at(path) != 0}
+    if not chosen:
+        raise LoraLiteError(
+            f"rank_pattern={cfg.rank_pattern} gives every layer rank 0.",
+            expected="At least one layer with an adapter.",
+            fix=f"{type(cfg).__name__}(rank_pattern={{}})",
+        )
     refuse_uncalled(model, chosen)
     refuse_tied(model, chosen)
     return chosen

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapter import Adapter
 from ..attach import attach, detach
-from ..calibrate import measure
 from ..config import AdapterConfig
 from ..errors import LoraLiteError
 from ..io import load, read, save, serialized, write_atomically
+from ..measure import measure
 from ..merge import delta_weight, effective, merge, unmerge
 from ..runtime import adapters, disabled, param_groups, scale
 from ..targets import Layer

@@ -97,7 +97,7 @@ def calibration(cls: type[Adapter], cfg: AdapterConfig, width: int = WIDTH, dtyp
     if not needs:
         return None
     data = batches(width, dtype=dtype)
-    return {"positive": data[:2], "negative": data[2:]} if any(parse(name)[2] for name in needs) else data
+    return {"positive": data[:2], "negative": data[2:]} if any(parse(name).label for name in needs) else data
 
 
 def attached(
