@@ -20,7 +20,8 @@ def closest(word: str, known: Iterable[str]) -> str:
     """'Closest name: x.' for the known word nearest to `word`, case aside, else the list of all of them."""
     known = sorted(known)
     lowered = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=0.6)
+    near.sort(key=lambda name: sorted(name) != sorted(word.lower()))  # swapped letters are the likeliest slip
     return f"Closest name: {lowered[near[0]]}." if near else f"Known: {', '.join(known)}."
 
 
