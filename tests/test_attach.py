@@ -1,6 +1,7 @@
 """Targets, the handle, several adapters on one model, optimizer groups, and the models of the field."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -537,3 +538,53 @@ def test_param_specs_that_cannot_be():
     ):
         with pytest.raises(ll.LoraLiteError, match=word):
             ParamSpec(**fields)
+
+
+class ByTrace(Sound):
+    """Ranks by the size of a layer's inputs: none for the smallest, two for the largest."""
+
+    @staticmethod
+    def needs(cfg):
+        return ("x_tr",)
+
+    @staticmethod
+    def ranks(adapters, stats, cfg):
+        order = sorted(adapters, key=lambda path: float(stats["x_tr"][path]))
+        return {path: cfg.r for path in adapters} | {order[0]: 0, order[-1]: 2}
+
+    @staticmethod
+    def group_init(adapters, stats, cfg):
+        for path, adapter in adapters.items():
+            adapter.A.copy_(stats["weight"][path][: adapter.cfg.r])
+
+
+def test_ranks_from_data_build_the_tensors_and_stand_in_the_config(tmp_path):
+    model, fresh = toy.toy(), toy.toy()
+    with registry.borrowed(ByTrace):
+        cfg = ByTrace.Config(r=4, targets=("q_proj", "down_proj"))
+        handle = ll.attach(model, cfg, toy.batches())
+        ranks = {path: adapter.A.shape[0] for path, adapter in handle.layers.items()}
+        assert sorted(ranks.values()) == [2, 4, 4]
+        assert handle.skipped == {path: "rank 0" for path in set(ll.find_targets(toy.toy(), cfg)) - set(ranks)}
+        assert handle.config == dataclasses.replace(cfg, rank_pattern=handle.config.rank_pattern)
+        handle.save(tmp_path / "a.safetensors")
+        loaded = ll.load(fresh, tmp_path / "a.safetensors")
+        assert {path: adapter.A.shape[0] for path, adapter in loaded.layers.items()} == ranks
+        assert loaded.config == handle.config
+        assert loaded.skipped == handle.skipped
+        # a given pattern is taken as it is: the same ranks again, whatever the data says
+        again = ll.attach(toy.toy(), handle.config, [toy.inputs(4, 6, 24) * 100])
+        assert again.config == handle.config
+
+
+def test_layers_of_rank_zero_are_left_out():
+    model = toy.toy()
+    handle = ll.attach(model, ll.LoRAConfig(r=4, rank_pattern={r"blocks\.0": 0, "q_proj": 2}))
+    assert {path: adapter.cfg.r for path, adapter in handle.layers.items()} == {
+        "blocks.1.q_proj": 2, "blocks.1.o_proj": 4, "blocks.1.up_proj": 4, "blocks.1.down_proj": 4,
+    }  # fmt: skip
+    assert set(handle.skipped) == {f"blocks.0.{leaf}" for leaf in ("q_proj", "o_proj", "up_proj", "down_proj")}
+    with pytest.raises(ll.LoraLiteError, match="gives every layer rank 0"):
+        ll.find_targets(toy.toy(), ll.LoRAConfig(rank_pattern={"blocks": 0}))
+    with pytest.raises(ll.LoraLiteError, match=r"rank_pattern\['q_proj'\]=-1"):
+        ll.LoRAConfig(rank_pattern={"q_proj": -1})
