@@ -22,7 +22,7 @@ from .linalg import bounded, box, cayley_shift, lin, skew, without_bias
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig(AdapterConfig):
-    """include_bias: the method acts on y, not on y - b. A child that stands for one orientation adds `basis` and its options."""
+    """include_bias: the method acts on y, not on y - b. A child that stands for one orientation adds `basis` and its own."""
 
     r: int = 256
     alpha: None = None
