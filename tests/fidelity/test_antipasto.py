@@ -1,4 +1,4 @@
-"""The gain core against the reference project's crop-and-put-back form in dense float64."""
+"""The gain core, in every method that has it, against the reference project's crop-and-put-back form in dense float64."""
 
 import pytest
 import torch
@@ -6,8 +6,17 @@ import torch
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
+from tests import oracle
 from tests.oracle import T64, adapted, check_dense, live_gradients
-from tests.test_subspace import BASES, batches
+from tests.test_subspace import BASES, batches, calibrated
+
+METHODS = ("antipasto", "antipasto_corda", "antipasto_asvd")
+each = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture(autouse=True)
+def every_layer_has_data(monkeypatch):
+    monkeypatch.setattr(oracle, "adapted", calibrated)
 
 
 def factors(a, c):
@@ -23,9 +32,9 @@ def dense(a, W, b, c):
     return changed, b + U @ ((f - 1) * (U.T @ b)) if a.cfg.include_bias and b is not None else b
 
 
-def moved(**fields):
+def moved(name="antipasto", **fields):
     """(model, adapter, W, b) at random parameters, float64."""
-    model, adapter = adapted(ll.AntiPaSTOConfig(r=8, **fields), size=1.0)
+    model, adapter = calibrated(ll.config(name, r=8, **fields), size=1.0)
     return model, adapter, model.o_proj.weight.detach(), model.o_proj.bias.detach()
 
 
@@ -36,19 +45,20 @@ def test_options_are_lawful(check, fields):
     check.function(check.cls, ll.AntiPaSTOConfig(r=8, **fields))
 
 
+@each
 @pytest.mark.parametrize("include_bias", [False, True])
-def test_output_and_gradients_equal_the_dense_form(include_bias):
-    check_dense(ll.AntiPaSTOConfig(r=8, include_bias=include_bias), dense, size=1.0)
+def test_output_and_gradients_equal_the_dense_form(include_bias, name):
+    check_dense(ll.config(name, r=8, include_bias=include_bias), dense, size=1.0)
 
 
-def test_suppressed_gains_equal_the_dense_form():
+@each
+def test_suppressed_gains_equal_the_dense_form(name):
     def inside(a, W, b, c):
         with torch.no_grad():
             a.g.copy_(-a.g.abs() - 0.01)  # the gradient at and beyond the bound is the business of the test below
         return dense(a, W, b, c)
 
-    cfg = ll.AntiPaSTOConfig(r=8, suppress_only=True)
-    model, adapter = adapted(cfg, size=1.0)
+    model, adapter, _, _ = moved(name, suppress_only=True)
     inside(adapter, model.o_proj.weight, None, 1.0)
     x = toy.inputs(5, 24, dtype=torch.float64)
     W, b = dense(adapter, model.o_proj.weight, model.o_proj.bias, 1.0)
@@ -97,8 +107,9 @@ def test_factors_are_positive_smooth_and_below_one_where_c_g_is_negative():
     assert large.grad.isfinite().all()
 
 
-def test_only_the_product_of_coeff_and_gain_counts():
-    model, adapter, _, _ = moved()
+@each
+def test_only_the_product_of_coeff_and_gain_counts(name):
+    model, adapter, _, _ = moved(name)
     x = toy.inputs(5, 24, dtype=torch.float64)
     with ll.scale(model, -0.7):
         want = model(x)
@@ -116,8 +127,9 @@ def test_the_rest_of_the_output_stays():
     assert change.abs().max() > 0.1
 
 
-def test_suppress_only_never_makes_an_output_longer():
-    model, adapter, W, b = moved(suppress_only=True)
+@each
+def test_suppress_only_never_makes_an_output_longer(name):
+    model, adapter, W, b = moved(name, suppress_only=True)
     assert (adapter.g > 0).any()
     x = toy.inputs(200, 24, dtype=torch.float64)
     for coeff in (0.5, 1.0, 3.0):
@@ -125,12 +137,13 @@ def test_suppress_only_never_makes_an_output_longer():
         assert ((f > 0) & (f <= 1)).all()
         with ll.scale(model, coeff):
             assert ((model(x) - b).norm(dim=1) <= (x @ W.T).norm(dim=1) * (1 + 1e-12)).all()
-    free, _, W, b = moved()
+    free, _, W, b = moved(name)
     assert ((free(x) - b).norm(dim=1) > (x @ W.T).norm(dim=1)).any()
 
 
-def test_a_suppressed_gain_that_was_pushed_out_comes_back():
-    model, adapter = adapted(ll.AntiPaSTOConfig(r=8, suppress_only=True), size=0)
+@each
+def test_a_suppressed_gain_that_was_pushed_out_comes_back(name):
+    model, adapter = calibrated(ll.config(name, r=8, suppress_only=True), size=0)
     with torch.no_grad():
         adapter.g.fill_(0.05)
     x = toy.inputs(5, 24, dtype=torch.float64)
@@ -158,12 +171,14 @@ def test_bias_is_left_alone_unless_asked():
     assert error(model(x)[0], b) > 0.01
 
 
-def test_gradient_pattern():
-    assert live_gradients(ll.AntiPaSTOConfig(r=8)) == [{"g"}, {"g"}]
+@each
+def test_gradient_pattern(name):
+    assert live_gradients(ll.config(name, r=8)) == [{"g"}, {"g"}]
 
 
-def test_slope_at_the_start_is_coeff_times_the_coordinate():
-    model, adapter = adapted(ll.AntiPaSTOConfig(r=8), size=0)
+@each
+def test_slope_at_the_start_is_coeff_times_the_coordinate(name):
+    model, adapter = calibrated(ll.config(name, r=8), size=0)
     x, probe = toy.inputs(5, 24, dtype=torch.float64), toy.inputs(5, 32, dtype=torch.float64, seed=4)
     with ll.scale(model, 0.5):
         got = torch.autograd.grad((model(x) * probe).sum(), adapter.g)[0]
@@ -171,8 +186,9 @@ def test_slope_at_the_start_is_coeff_times_the_coordinate():
     assert error(got, want) < T64
 
 
-def test_gradients_are_those_of_finite_differences():
-    model, adapter, _, _ = moved()
+@each
+def test_gradients_are_those_of_finite_differences(name):
+    model, adapter, _, _ = moved(name)
     x = toy.inputs(3, 24, dtype=torch.float64)
 
     def run(g):
@@ -181,13 +197,15 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(run, adapter.g.detach().requires_grad_())
 
 
-def test_trained_and_frozen_numbers():
-    model, _ = adapted(ll.AntiPaSTOConfig(r=8))
+@each
+def test_trained_and_frozen_numbers(name):
+    model, _, _, _ = moved(name)
     assert (ll.status(model).trainable, ll.status(model).frozen) == (8, 32 * 8 + 8)
 
 
-def test_decay_ends_at_the_base_model():
-    model, adapter, W, b = moved()
+@each
+def test_decay_ends_at_the_base_model(name):
+    model, adapter, W, b = moved(name)
     optimizer = torch.optim.AdamW(ll.param_groups(model, lr=0.1, weight_decay=9.0))
     for _ in range(30):
         adapter.g.grad = torch.zeros_like(adapter.g)
