@@ -1,6 +1,6 @@
 """OLoRA: a low-rank update that starts on an orthonormal basis of W's first columns.
 
-paper     Büyükakyüz 2024, arXiv:2406.01775, sec. 3
+paper     Büyükakyüz 2024, arXiv:2406.01775
 code      huggingface/peft, tuners/lora (init_lora_weights="olora")
 formula   y' = y + c s (B A - B0 A0) x,  A = A0 + dA,  B = B0 + dB;  dA (r, i), dB (o, r) trained, s = alpha / r, c = coeff
 start     W = Q R (QR): B0 = Q_r, the first r columns of Q, A0 = R_r, the first r rows of R; dA = dB = 0. The first r columns
