@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import AdapterConfig
 from .errors import LoraLiteError
-from .shared import Shared
+from .shared import Shared, leading
 from .spec import ParamSpec, drawn
 from .targets import Base, Layer
 
@@ -164,7 +164,7 @@ class Adapter(nn.Module):
     def share(self, name: str, holder: Shared) -> None:
         """Hold `name` together with others, as a view of the holder's tensor."""
         self.shared[name] = holder
-        setattr(self, name, holder.part(self.specs()[name].shape))
+        setattr(self, name, leading(holder.tensor, self.specs()[name].shape))
 
     def own_state(self) -> dict[str, Tensor]:
         """The tensors of this layer alone, by name."""
@@ -190,12 +190,29 @@ class Adapter(nn.Module):
         """model.to(...) also moves the original weights that a merge keeps aside; shared tensors move once for all."""
         super()._apply(fn, recurse)
         for name, holder in self.shared.items():
-            holder.tensor = fn(holder.tensor)
-            self.share(name, holder)
+            self.share(name, holder.applied(fn))
         for tensor in self.original or ():
             if tensor is not None:
                 tensor.data = fn(tensor.data)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """assign=True puts new tensors in the place of buffers: what was shared stays one, with their numbers."""
+        before = dict(self._buffers)
+        super()._load_from_state_dict(*args, **kwargs)
+        for name, holder in self.shared.items():
+            if getattr(self, name) is not before[name]:
+                self.share(name, holder.taking(getattr(self, name)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Shared tensors are pickled with their holder, once."""
+        views = dict.fromkeys(self.shared)
+        return {**self.__dict__, "_buffers": {**self._buffers, **views}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, holder in self.shared.items():
+            self.share(name, holder)
 
     def hooked(self) -> bool:
         """Whether every hook is still on its layer; other libraries may clear the hooks of a model."""

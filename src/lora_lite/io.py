@@ -98,17 +98,26 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
 def shared_content(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors to store under `*.name`, {name: hash of the float32 draw} of those that load can draw again).
 
-    A tensor that is not its draw any more, because the model was cast to fewer bits and back, is stored.
+    Stored is one tensor that gives every layer its numbers; also where the variant leaves it out and it is not the draw any
+    more, because the model was cast to fewer bits and back. Raises LoraLiteError where there is no such tensor.
     """
     stored, drawn = {}, {}
     seed = next(iter(adapters.values())).cfg.seed
-    for name, (spec, _) in shared.declared(adapters).items():
-        tensor = shared.holders(adapters, name)[0].tensor
-        value = None if spec.saved else shared.draws(adapters, seed)[name]
-        if value is not None and torch.equal(value.to(tensor.device, tensor.dtype), tensor):
-            drawn[name] = digest(value.float())
+    for name, (spec, shape) in shared.declared(adapters).items():
+        used = shared.held(adapters, name)
+        if not spec.saved and shared.agrees(draw := shared.draw(name, spec, shape, seed), used):
+            drawn[name] = digest(draw.float())
+        elif shared.agrees(used[0], used):
+            stored[f"*.{name}"] = used[0]
+        elif shared.agrees(draw := shared.draw(name, spec, shape, seed), used):  # of float16 and bfloat16 none is the wider
+            stored[f"*.{name}"] = draw
         else:
-            stored[f"*.{name}"] = tensor
+            group = next(iter(adapters.values())).group.name
+            raise LoraLiteError(
+                f"{name} of adapter {group!r} differs between layers that share it.",
+                expected="One tensor for all: a part of the model was cast to fewer bits and back, or written to.",
+                fix=f'state = {{f: t for f, t in model.state_dict().items() if ".{group}." in f}}  # keeps the tensors',
+            )
     return stored, drawn
 
 
@@ -184,7 +193,8 @@ def check_header(path: str | Path, header: dict[str, str]) -> None:
             int(header["version"])
             layers, base = json.loads(header["layers"]), json.loads(header["base"])
             for field in ("config", "versions", "drawn"):
-                json.loads(header.get(field, "{}"))
+                if not isinstance(json.loads(header.get(field, "{}")), dict):
+                    raise ValueError(f"{field} is no table")
             lacking = [] if layers and set(layers) == set(base) else ["a fingerprint for each layer"]
     except ValueError as error:
         raise LoraLiteError(f"{path} has a damaged header: {error}.", fix="ll.save(model, path)") from error
