@@ -1,6 +1,6 @@
 """RandLoRA: a full-rank update, the sum of random low-rank products that all layers share, with trained diagonals inside.
 
-paper     Albert et al. 2025, arXiv:2502.00987, the sum of scaled bases in its method section
+paper     Albert et al. 2025, arXiv:2502.00987
 code      PaulAlbert31/RandLoRA, vision_language/src/rand_lora.py; huggingface/peft, tuners/randlora
 formula   y' = y + c s D x,  D = sum_k B_k diag(l_k) A diag(g_k) where i <= o, else the transpose of that;  k = 1 ... n,
           p = min(i, o), q = max(i, o), n = ceil(p / r);  A (r, p) and B_k = B[:, k] (q, r) frozen, random, the leading part of

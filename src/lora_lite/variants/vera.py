@@ -1,6 +1,6 @@
 """VeRA: one random low-rank pair for all layers, scaled by two small trained vectors per layer.
 
-paper     Kopiczko, Blankevoort, Asano 2023, arXiv:2310.11454, eq. 2
+paper     Kopiczko, Blankevoort, Asano 2023, arXiv:2310.11454
 code      huggingface/peft, tuners/vera
 formula   y' = y + c b * (B (d * A x)),  * per channel;  A (r, i), B (o, r) frozen, random, the leading part of one pair for
           all layers; lambda_b = b (o,) and lambda_d = d (r,) trained, c = coeff
