@@ -136,3 +136,8 @@ def test_examples_of_the_readme_run(tmp_path, monkeypatch):
 def test_quickstart_is_three_lines():
     quickstart = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[1]
     assert len([line for line in quickstart.splitlines() if "ll." in line]) == 3
+
+
+def test_the_changelog_counts_the_variants():
+    words = {11: "Eleven", 25: "Twenty-five", 26: "Twenty-six", 27: "Twenty-seven"}
+    assert f"- {words[len(ll.names())]} variants" in (ROOT / "CHANGELOG.md").read_text()

@@ -316,6 +316,9 @@ def test_command_line_shows_the_shared_tensors_once(tmp_path, monkeypatch, capsy
     assert "*.A  (8, 48)  float32" in shown
     assert "*.B  (48, 8)  float32" in shown
     assert "tensors    18 on 8 layers" in shown
+    ll.save(attached(save_shared=False, seed=3), path)
+    main()
+    assert "*.A  drawn again from seed 3" in capsys.readouterr().out
 
 
 # --- drawn again ------------------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ def inspect(arguments: argparse.Namespace) -> None:
     print(f"{'tensors':10} {len(tensors)} on {len(json.loads(header['layers']))} layers")
     for key, tensor in tensors.items():
         print(f"  {key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
+    for name in json.loads(header.get("drawn", "{}")):
+        print(f"  *.{name}  drawn again from seed {json.loads(header['config'])['seed']}")
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -47,8 +47,8 @@ class ParamSpec:
     identity   the value at which this tensor alone has no effect, None where there is no such constant
     decay      may weight decay pull this tensor to 0; only lawful where 0 is its identity
     lr         a learning rate of its own; None: the adapter's
-    shared     one frozen tensor for all layers of an attach, of which each sees the leading part of its `shape`; `start` is
-               given the whole tensor's shape, the largest on each axis
+    shared     one frozen tensor for all layers of an attach, of which each sees the leading part of its `shape`; `start`, the
+               same function for every layer, is given the whole tensor's shape, the largest on each axis
     saved      False: a shared tensor that checkpoints leave out; load draws it again from the seed and compares a hash
 
     Raises LoraLiteError for an empty shape, an axis below 1, decay towards anything but the identity, a learning rate of 0 or
