@@ -92,13 +92,14 @@ def parse(name: str) -> Request:
             found=closest(statistic, (*STATISTICS, "x_sketch[q,m]", "wgrad")),
         )
     value = STATISTICS.get(statistic)
-    if q is not None:
+    if q is not None and m is not None:
         value = functools.partial(sketch, q=int(q), whole=int(m))
     return Request(statistic, value, position or "", label, statistic in ("n", "calls") or statistic.startswith("x_"))
 
 
 def sketch(x: Tensor, y: Tensor, q: int, whole: int) -> Tensor:
-    return x.T @ (x @ sketch_matrix(x.shape[1], q, whole).to(x))
+    i = x.shape[1]
+    return x.T @ (x if i <= max(whole, q) else x @ sketch_matrix(i, q, whole).to(x))
 
 
 @functools.lru_cache(maxsize=8)
@@ -106,7 +107,7 @@ def sketch_matrix(i: int, q: int, whole: int) -> Tensor:
     """(i, min(i, q)) with orthonormal columns, the same at every call; the identity (i, i) for i up to `whole`."""
     if i <= max(whole, q):
         return torch.eye(i)
-    return torch.linalg.qr(torch.randn(i, q, generator=torch.Generator().manual_seed(0))).Q
+    return torch.linalg.qr(torch.randn(i, q, generator=torch.Generator().manual_seed(0), device="cpu")).Q
 
 
 def labelled(data: Any) -> dict[str | None, Iterable[Any]]:

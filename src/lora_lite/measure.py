@@ -6,6 +6,7 @@ Activations are never kept: every call's share is added and forgotten.
 import contextlib
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ def measure(model: nn.Module, layers: dict[str, Layer], wanted: Iterable[str], d
     recorder = Recorder(requests)
     handles = [
         layer.register_forward_hook(
-            lambda layer, args, kwargs, y, path=path: recorder.observe(path, layer, args, kwargs, y), with_kwargs=True
+            lambda _, args, kwargs, y, path=path: recorder.observe(path, layers[path], args, kwargs, y), with_kwargs=True
         )
         for path, layer in layers.items()
     ]
@@ -78,6 +79,7 @@ class Recorder:
         self.requests = requests
         self.sums: dict[str, dict[str, Tensor]] = {name: {} for name in requests}
         self.leaders: dict[str, str] = {}  # path -> the first layer that receives the same tensor
+        self.seen: Counter[str] = Counter()  # calls, with and without kept tokens
         self.label: str | None = None
         self.masks: dict[str, tuple[Tensor | None, str]] = {}
         self.inputs: list[tuple[weakref.ref[Tensor], int, str]] = []  # of this batch: tensor, its version, path
@@ -97,12 +99,9 @@ class Recorder:
         version = 0 if x.is_inference() else x._version  # a tensor that was written to is another input
         found = next((p for seen, before, p in self.inputs if seen() is x and before == version), path)
         self.inputs.append((weakref.ref(x), version, path))
+        self.seen[path] += 1
         if self.leaders.setdefault(path, found) != found:
-            raise LoraLiteError(
-                f"{path} shares its input with {found} on one call and not on another.",
-                expected="The same layers side by side in every batch: they hold one sum together.",
-                fix=f'exclude=("{path}",)  # or an attach of its own for it',
-            )
+            raise unsteady(path, found if found != path else self.leaders[path])
         return found
 
     def observe(self, path: str, layer: Layer, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
@@ -158,7 +157,7 @@ class Recorder:
                 self.add(name, path, d.T @ kept)
 
         start.register_hook(observe)
-        return start if start is y else start.clone()  # models may write into an output, never into a leaf
+        return start.clone()  # a model that writes into the output would take the hook off it
 
     def add(self, name: str, path: str, value: Tensor) -> None:
         sums = self.sums[name]
@@ -166,12 +165,16 @@ class Recorder:
 
     def totals(self, layers: dict[str, Layer]) -> dict[str, dict[str, Tensor]]:
         """The sums of all layers, those that share an input with one tensor. Raises for layers without one."""
+        for path, first in self.leaders.items():
+            if self.seen[path] != self.seen[first]:
+                raise unsteady(path, first)
         for name, request in self.requests.items():
             sums = self.sums[name]
             if request.of_input:
                 sums.update({path: sums[first] for path, first in self.leaders.items() if first in sums})
-            if unseen := [path for path in layers if path not in sums]:
-                done = "had no part in the loss" if request.statistic == "wgrad" else "were never called"
+            silent = request.statistic == "wgrad"
+            if unseen := [path for path in layers if path not in sums or (silent and not sums[path].any())]:
+                done = "had no part in the loss" if silent else "were never called"
                 raise LoraLiteError(
                     f"{some(unseen)} {done} on the calibration data.",
                     expected="An adapter acts when its layer is called; a layer that is not cannot be adapted.",
@@ -179,11 +182,20 @@ class Recorder:
                 )
             if request.statistic == "n" and (empty := [path for path, n in sums.items() if n.item() == 0]):
                 raise LoraLiteError(
-                    f"{name} is 0 at {empty[0]}: every token is padding.",
+                    f"{name} is 0 at {empty[0]}: every token is padding"
+                    + (", or has label -100." if request.position == "labels" else "."),
                     expected="At least one token that attention_mask keeps.",
                     fix="attention_mask = input_ids != pad_token_id",
                 )
         return self.sums
+
+
+def unsteady(path: str, other: str) -> LoraLiteError:
+    return LoraLiteError(
+        f"{path} shares its input with {other} on one call and not on another.",
+        expected="The same layers side by side in every call: they hold one sum together.",
+        fix=f'exclude=("{path}",)  # or an attach of its own for it',
+    )
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -197,8 +209,8 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     mask = fields.get("attention_mask")
     if (logits := field(output, "logits")) is not None and "input_ids" in fields:
         ids = fields["input_ids"]
-        targets = ids if mask is None else ids.masked_fill(mask == 0, -100)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten())
+        targets = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), -100)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
     if isinstance(output, Tensor):
         warnings.warn(
             "the calibration data gives no loss: gradients are those of a random combination of outputs. "
@@ -207,8 +219,8 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
             stacklevel=2,
         )
         with seeded("probe"):
-            signs = torch.randn(output.shape[1:]).sign().to(output)
-        kept = output * signs
+            signs = torch.randn(output.shape[1:]).sign().to(output.device)
+        kept = output * signs  # in float32 or better: a sum of float16 overflows
         return kept.sum() if mask is None or mask.shape != output.shape[:-1] else kept[mask.bool()].sum()
     raise LoraLiteError(
         f"{type(model).__name__} returns {type(output).__name__} without a loss.",
@@ -237,7 +249,7 @@ def on_device(model: nn.Module, batch: Any) -> Any:
     device = next(model.parameters()).device
 
     def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
+        return value.detach().to(device) if isinstance(value, Tensor) else value
 
     if isinstance(batch, Mapping):
         return {name: move(value) for name, value in batch.items()}
