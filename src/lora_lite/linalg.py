@@ -127,6 +127,20 @@ def top_eigenvectors(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return vectors.flip(1)[:, :r], values.flip(0)[:r]
 
 
+def nystrom(S: Tensor, Omega: Tensor) -> tuple[Tensor, Tensor]:
+    """(vectors (i, q), values (q,)), float64, descending, of a symmetric C >= 0 (i, i) of which only S = C Omega is known.
+
+    Those of S (Omega^T S)^+ S^T: C itself where its rank is at most q, never above it (Tropp et al. 2017, arXiv:1706.05736).
+    Omega (i, q) has orthonormal columns. Directions of Omega^T S below 1e-7 of the largest are rounding and left out.
+    """
+    S, Omega = S.double(), Omega.double()
+    core = Omega.T @ S
+    values, Q = torch.linalg.eigh((core + core.T) / 2)
+    root = torch.where(values > 1e-7 * values[-1], values.rsqrt(), 0.0)
+    U, lengths, _ = torch.linalg.svd(S @ (Q * root), full_matrices=False)
+    return U, lengths.square()
+
+
 def orth(V: Tensor) -> Tensor:
     """Orthonormal columns spanning those of V (o, k), in float32 or better."""
     V = V.to(torch.promote_types(V.dtype, torch.float32))
