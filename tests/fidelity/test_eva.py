@@ -381,6 +381,8 @@ def test_errors_name_the_cause():
         config(max_moment_dim=-1)
     with pytest.raises(ll.LoraLiteError, match="mask: one of 'labels', 'none'"):
         config(mask="all")
+    with pytest.raises(ll.LoraLiteError, match="EVAConfig has no field 'whiten'"):
+        config(whiten=True)
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------------------
