@@ -527,22 +527,22 @@ class Residual(nn.Module):
         return self.head(x)
 
 
-def residual():
-    model = toy.seeded(Residual).double()
+def residual(dtype=torch.float64):
+    model = toy.seeded(Residual).to(dtype)
     tokens = toy.seeded(lambda: torch.randint(0, TOKENS, (4, 6)))
-    r = toy.inputs(WIDTH, dtype=torch.float64, seed=6)
+    r = toy.inputs(WIDTH, dtype=dtype, seed=6)
     return model, tokens, r / r.norm()
 
 
 @torch.no_grad()
-def orthogonalise(model, r, writers=True):
-    """Equation 5 on the embeddings and, with `writers`, on the weights and biases of the writers."""
+def orthogonalise(model, r, writers=True, biases=True):
+    """Equation 5 on the embeddings and, with `writers`, on the weights and, with `biases`, the biases of the writers."""
     for embedding in (model.embed, model.position):
         embedding.weight.sub_(torch.outer(embedding.weight @ r, r))
     for block in model.blocks if writers else ():
         for linear in (block.o_proj, block.down_proj):
             linear.weight.sub_(torch.outer(r, r @ linear.weight))
-            linear.bias.sub_(r * (r @ linear.bias))
+            linear.bias.sub_(biases * r * (r @ linear.bias))
 
 
 def test_ablating_activations_and_orthogonalising_weights_are_one():
