@@ -328,7 +328,8 @@ def test_own_loss_function_is_given_the_model_and_the_batch_in_eval_mode():
     with torch.no_grad():
         handle = ll.attach(model, ll.config("lora_ga", r=4, loss_fn=loss_fn), data)
     assert seen == [(True, False, True, {"x", "attention_mask"})] * 2
-    assert handle.config.loss_fn in (None, loss_fn)
+    assert handle.config.loss_fn is None  # a model that carries it could not be pickled
+    assert handle.config == ll.config("lora_ga", r=4)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_coeff_zero_is_the_base_and_merge_is_the_layer_at_any_parameters(seed, s
     model = toy.one(24, 32, dtype=torch.float64)
     x = toy.inputs(5, 24, dtype=torch.float64, seed=seed % 1000)
     base = model(x)
-    handle = ll.attach(model, cfg, toy.calibration(cls, cfg, dtype=torch.float64))
+    handle = toy.attached(model, cls, cfg)
     toy.perturb(handle, scale, seed=seed % 1000)
     for adapter in handle.layers.values():
         adapter.coeff = coeff

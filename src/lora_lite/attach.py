@@ -89,13 +89,13 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
             fix=f"ll.attach(model, ll.config({cfg!r}))" if isinstance(cfg, str) else runtime.ATTACH,
         )
     cls = variant_of(cfg)
+    loss_fn, cfg = getattr(cfg, "loss_fn", None), cfg.lasting()
     refuse_unready(model)
     wanted = wanted_statistics(cls, cfg, calibration_data)
     targets = find_targets(model, cfg)
     refuse_name(model, targets, name)
     adapters = build_all(cls, targets, cfg)
     with runtime.disabled(model):
-        loss_fn = getattr(cfg, "loss_fn", None)
         stats = measure(model, targets, wanted, calibration_data, loss_fn) if wanted else {"weight": Weights(targets)}
     ranked = with_ranks(cls, cfg, adapters, stats)
     if ranked is not cfg:

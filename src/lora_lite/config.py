@@ -117,9 +117,13 @@ class AdapterConfig:
         rank = self.rank_at(path)
         return self if rank == self.r else dataclasses.replace(self, r=rank)
 
+    def lasting(self: C) -> C:
+        """This config without what only serves the start and is no data: fields with `metadata={"transient": True}` are None."""
+        passing = [f.name for f in dataclasses.fields(self) if f.metadata.get("transient")]
+        return dataclasses.replace(self, **dict.fromkeys(passing)) if passing else self
+
     def to_json(self) -> str:
-        """Every field; those that only serve the start and are no data (`metadata={"transient": True}`) as null."""
-        values = {f.name: None if f.metadata.get("transient") else getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {f.name: getattr(self.lasting(), f.name) for f in dataclasses.fields(self)}
         return json.dumps(values, default=lambda dtype: str(dtype).removeprefix("torch."))
 
     @classmethod
