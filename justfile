@@ -31,6 +31,10 @@ bench-variant name *options: setup
 bench-full: setup
     @{{ python }} -m benchmarks.full
 
+# steer the embedded base by one direction from labelled text, both ways, with its harm and controls: just steering windows=64
+steering *options: setup
+    @{{ python }} -m benchmarks.steering {{ options }}
+
 # run the conformance suite on one variant
 contract name: setup
     @{{ python }} -m lora_lite check {{ name }}

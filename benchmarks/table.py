@@ -1,6 +1,7 @@
 """The generated parts of the README, from the registry and the committed records; `--check` fails when one is stale.
 
 variants  the table       example  a whole variant file       base  how well the embedded base predicts prose
+steering  what one direction does
 """
 
 import json
@@ -12,6 +13,7 @@ import lora_lite as ll
 import lora_lite.variants
 from benchmarks.report import final
 from benchmarks.run import BASE
+from benchmarks.steering import summary
 from lora_lite.registry import card
 
 ROOT = Path(__file__).parent.parent
@@ -97,7 +99,12 @@ def base() -> str:
     )
 
 
-PARTS = {"variants": lambda: f"{table()}\n\n{caption()}", "example": example, "base": base}
+def steering() -> str:
+    found = record("steering")
+    return summary(found) if found else "`just steering out=benchmarks/results` has not been run."
+
+
+PARTS = {"variants": lambda: f"{table()}\n\n{caption()}", "example": example, "base": base, "steering": steering}
 
 
 def fresh(readme: str) -> str:
