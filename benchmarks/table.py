@@ -13,7 +13,7 @@ import lora_lite as ll
 import lora_lite.variants
 from benchmarks.report import final
 from benchmarks.run import BASE
-from benchmarks.steering import summary
+from benchmarks.steering_report import summary
 from lora_lite.registry import card
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,8 @@ pytest.importorskip("typer")
 
 from benchmarks import steering
 from benchmarks.run import Settings, load_base
-from benchmarks.steering import BYTE, CONTEXT, DUE, KL_LIMIT, OTHERWISE, Passages, Steering, at, parse, places, score
+from benchmarks.steering import BYTE, CONTEXT, DUE, KL_LIMIT, OTHERWISE, Passages, Steering, parse, places, score
+from benchmarks.steering_report import at, summary
 from benchmarks.table import RESULTS
 
 ROOT = Path(__file__).parent.parent
@@ -192,6 +193,6 @@ def test_committed_record_shows_steering_both_ways_and_its_controls(committed):
 
 def test_readme_has_the_records_figures_and_its_picture(committed):
     readme = (ROOT / "README.md").read_text()
-    assert steering.summary(committed) in readme
+    assert summary(committed) in readme
     assert "](docs/steering.png)" in readme
     assert (ROOT / "docs" / "steering.png").exists()
