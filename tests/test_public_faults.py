@@ -20,8 +20,7 @@ from lora_lite.subspace import rotation
 from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 from tests.fidelity.test_hra import chain
-from tests.fidelity.test_hra import input_map as hra_map
-from tests.oracle import adapted
+from tests.oracle import adapted, input_map
 from tests.test_linalg import descend
 
 I8 = torch.eye(8, dtype=torch.float64)
@@ -39,7 +38,7 @@ def our_reflections(V):
     _, adapter = adapted(ll.HRAConfig(r=4), d_in=8, size=0)
     with torch.no_grad():
         adapter.V.copy_(V)
-    return hra_map(adapter)
+    return input_map(adapter).T
 
 
 def reversed_reflections(V):

@@ -9,7 +9,7 @@ import lora_lite as ll
 from lora_lite.subspace import rotation
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracle import T64, adapted, check_dense, live_gradients
+from tests.oracle import T64, adapted, check_dense, check_finite_differences, check_rest_stays, live_gradients
 from tests.test_subspace import BASES, batches
 
 MODES = ("V", "U", "both")
@@ -164,12 +164,7 @@ def test_blocks_do_not_mix(rotate):
 
 
 def test_the_rest_of_the_output_stays():
-    model, adapter = adapted(config("both"))
-    x = toy.inputs(5, 24, dtype=torch.float64)
-    outside = torch.eye(32, dtype=torch.float64) - adapter.U @ adapter.U.T
-    with ll.disabled(model):
-        base = model(x)
-    assert error((model(x) - base) @ outside, torch.zeros(5, 32)) < T64
+    check_rest_stays(*adapted(config("both")))
 
 
 def test_signs_of_singular_vectors_are_absorbed_by_the_angles():
@@ -231,14 +226,7 @@ def test_gradient_pattern(rotate):
 
 
 def test_gradients_are_those_of_finite_differences():
-    model, adapter = adapted(config("both"))
-    x = toy.inputs(2, 24, dtype=torch.float64)
-    names = [name for name, _ in adapter.named_parameters()]
-
-    def run(*values):
-        return torch.func.functional_call(model, {f"o_proj.default.{n}": v for n, v in zip(names, values)}, (x,))
-
-    assert torch.autograd.gradcheck(run, [p.detach().requires_grad_() for p in adapter.parameters()])
+    check_finite_differences(config("both"))
 
 
 def test_trained_and_frozen_numbers():

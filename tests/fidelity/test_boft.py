@@ -8,7 +8,7 @@ import torch
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracle import T64, adapted, check_dense, check_parity, live_gradients
+from tests.oracle import T64, adapted, check_dense, check_parity, check_rotates_input, input_map, live_gradients
 
 
 def permutation(n, b, f):
@@ -44,12 +44,6 @@ def dense(a, W, b, c):
     return scale * (W @ rotation(a, c).T), b
 
 
-def input_map(adapter, coeff=1.0):
-    """The matrix that the adapter applies to a row x from the right."""
-    adapter.coeff = coeff
-    return adapter.forward_input(torch.eye(adapter.d_in, dtype=adapter.q.dtype)).detach()
-
-
 OPTIONS = [ll.BOFTConfig(block_size=4, n_factors=2), ll.BOFTConfig(block_size=2, n_factors=3, scale=True)]
 
 
@@ -80,10 +74,7 @@ def test_map_of_the_input_is_a_rotation_at_any_parameters(dtype, tolerance, size
     for b, m in ((8, 1), (8, 2), (4, 4)):
         _, adapter = adapted(ll.BOFTConfig(block_size=b, n_factors=m), d_in=96, dtype=dtype, size=size)
         for coeff in (1.0, 0.5, -0.7, 2.0):
-            R = input_map(adapter, coeff)
-            assert error(R @ R.T, torch.eye(96)) < tolerance
-            assert abs(torch.linalg.det(R.double()) - 1) < tolerance
-            assert error(R, torch.eye(96)) > 0.01
+            check_rotates_input(adapter, tolerance, coeff)
 
 
 def test_lengths_of_and_angles_between_neurons_stay_without_scale_only():

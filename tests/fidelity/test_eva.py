@@ -10,21 +10,7 @@ from torch import nn
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests import oracle
-from tests.oracle import T64, check_dense, check_parity, live_gradients
-
-given = oracle.adapted
-
-
-def adapted(cfg, data=None, **options):
-    """The oracle's layer, started from the toy's calibration data unless there is other data."""
-    dtype, width = options.setdefault("dtype", torch.float64), options.get("d_in", 24)
-    return given(cfg, data=toy.batches(width, dtype=dtype) if data is None else data, **options)
-
-
-@pytest.fixture(autouse=True)
-def every_layer_has_data(monkeypatch):
-    monkeypatch.setattr(oracle, "adapted", adapted)
+from tests.oracle import T64, adapted, check_dense, check_parity_by_name, live_gradients
 
 
 def config(**fields):
@@ -133,7 +119,7 @@ def test_output_and_gradients_equal_the_dense_form(fields, rslora):
 @pytest.mark.parametrize("center", [True, False])
 def test_A_starts_on_the_leading_right_singular_vectors_of_the_tokens(center, shape):
     data = [{**batch, "x": batch["x"] + 1} for batch in toy.batches(shape[0], dtype=torch.float64)]
-    _, a = adapted(config(center=center), data, size=0, d_in=shape[0], d_out=shape[1])
+    _, a = adapted(config(center=center), data=data, size=0, d_in=shape[0], d_out=shape[1])
     A = a.A.detach()
     X = tokens(data)
     X = X - X.mean(0) if center else X
@@ -150,19 +136,19 @@ def test_A_starts_on_the_leading_right_singular_vectors_of_the_tokens(center, sh
 
 def test_centring_has_its_effect():
     data = [{**batch, "x": batch["x"] + 5} for batch in toy.batches(dtype=torch.float64)]
-    starts = {center: adapted(config(center=center), data, size=0)[1].A for center in (True, False)}
+    starts = {center: adapted(config(center=center), data=data, size=0)[1].A for center in (True, False)}
     mean = tokens(data).mean(0)
     assert (starts[False][0] @ mean).abs() > 0.99 * mean.norm()
     assert error(starts[True].T @ starts[True], starts[False].T @ starts[False]) > 0.1
     shifted = [{**batch, "x": batch["x"] - 3} for batch in data]
-    again = adapted(config(), shifted, size=0)[1].A
+    again = adapted(config(), data=shifted, size=0)[1].A
     assert error(again.T @ again, starts[True].T @ starts[True]) < 1e-9
 
 
 def test_start_does_not_depend_on_the_order_or_size_of_batches():
     data = toy.batches(dtype=torch.float64)
     rows = [{k: v[i : i + 1] for k, v in batch.items()} for batch in reversed(data) for i in range(4)]
-    first, second = (adapted(config(), some, size=0)[1].A for some in (data, rows))
+    first, second = (adapted(config(), data=some, size=0)[1].A for some in (data, rows))
     assert error((second * first).sum(1).abs(), torch.ones(4)) < 1e-10
 
 
@@ -200,7 +186,7 @@ def test_wide_layers_start_from_a_sketch_that_captures_nearly_as_much():
     x = toy.inputs(8, 50, 200, dtype=torch.float64) * (1.0 / torch.arange(1, 201))
     kept = {}
     for whole in (200, 199, 0):
-        _, a = adapted(config(r=8, max_moment_dim=whole), [x], d_in=200, size=0)
+        _, a = adapted(config(r=8, max_moment_dim=whole), data=[x], d_in=200, size=0)
         A = a.A.detach()
         assert error(A @ A.T, torch.eye(8)) < T64
         Z = x.flatten(0, 1) - x.flatten(0, 1).mean(0)
@@ -394,16 +380,7 @@ def test_trained_layer_has_parity_with_peft(rslora):
     theirs = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=["o_proj"], init_lora_weights=False, lora_dropout=0.0, use_rslora=rslora
     )
-
-    def fill(ours, theirs):
-        ours.A.copy_(theirs.lora_A["default"].weight)
-        ours.B.copy_(theirs.lora_B["default"].weight)
-
-    def pairs(ours, theirs):
-        a, b = theirs.lora_A["default"].weight.grad, theirs.lora_B["default"].weight.grad
-        return [(ours.A.grad, a), (ours.B.grad, b)]
-
-    check_parity(config(rslora=rslora), theirs, pairs, fill)
+    check_parity_by_name(config(rslora=rslora), theirs, {"A": "lora_A", "B": "lora_B"})
 
 
 def peft_started(model, data, r, rho, rslora=False, targets=r".*_proj"):

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracle import T64, adapted, check_dense, check_parity, live_gradients
+from tests.oracle import T64, adapted, check_agree, check_dense, check_parity_by_name, check_scale, live_gradients
 
 FACTORED, DENSE = 3, 4  # ranks on the two sides of r^2 (i + o) = i o for the layer of 24 x 32
 
@@ -56,13 +56,11 @@ def test_both_forms_agree_in_values_and_gradients():
         for name, value in a.named_parameters():
             target = getattr(b, name).zero_()
             target[tuple(slice(n) for n in value.shape)] = value
-    x, probe = toy.inputs(5, 24, dtype=torch.float64), toy.inputs(5, 32, dtype=torch.float64, seed=4)
-    got, want = small(x), large(x)
-    assert error(got, want) < T64
-    (got * probe).sum().backward()
-    (want * probe).sum().backward()
-    for name, value in a.named_parameters():
-        assert error(value.grad, getattr(b, name).grad[tuple(slice(n) for n in value.shape)]) < T64, name
+
+    def gradients():
+        return [(p.grad, getattr(b, name).grad[tuple(slice(n) for n in p.shape)]) for name, p in a.named_parameters()]
+
+    check_agree(small, large, toy.inputs(5, 24, dtype=torch.float64), gradients, T64)
 
 
 class Largest(TorchDispatchMode):
@@ -97,16 +95,8 @@ def test_rank_of_the_change_is_the_square_of_r():
 
 def test_scale_is_alpha_over_r_or_over_its_root():
     assert ll.LoHaConfig().s == 1.0
-    x = toy.inputs(5, 24, dtype=torch.float64)
     for r in (FACTORED, DENSE):
-        outputs = {}
-        for alpha, rslora in ((r, False), (2 * r, False), (2 * r**0.5, True)):
-            model, _ = adapted(ll.LoHaConfig(r=r, alpha=alpha, rslora=rslora))
-            outputs[alpha, rslora] = model(x)
-        with ll.disabled(model):
-            base = model(x)
-        assert error(outputs[2 * r, False] - base, 2 * (outputs[r, False] - base)) < T64
-        assert error(outputs[2 * r**0.5, True], outputs[2 * r, False]) < T64
+        check_scale(ll.LoHaConfig(r=r))
 
 
 def test_start_values():
@@ -137,13 +127,5 @@ def test_trained_and_frozen_numbers():
 def test_parity_with_peft(r):
     peft = pytest.importorskip("peft")
     config = peft.LoHaConfig(r=r, alpha=8, target_modules=["o_proj"], init_weights=False)
-    names = ("w1_a", "w1_b", "w2_a", "w2_b")
-
-    def fill(ours, theirs):
-        for name in names:
-            getattr(ours, name).copy_(getattr(theirs, f"hada_{name}")["default"])
-
-    def pairs(ours, theirs):
-        return [(getattr(ours, name).grad, getattr(theirs, f"hada_{name}")["default"].grad) for name in names]
-
-    check_parity(ll.LoHaConfig(r=r, alpha=8), config, pairs, fill)
+    names = {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
+    check_parity_by_name(ll.LoHaConfig(r=r, alpha=8), config, names)

@@ -8,8 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lora_lite as ll
 from lora_lite.testing import checks, toy
-from lora_lite.testing.checks import error
-from tests.oracle import T64, adapted, check_dense, check_parity, live_gradients
+from tests.oracle import T64, adapted, check_agree, check_dense, check_parity_by_name, check_scale, live_gradients
 
 # On the layer of 24 x 32: w1 (4, 4), w2 (8, 6); with factor 8 w1 (8, 8), w2 (4, 3).
 FORMS = {
@@ -67,13 +66,11 @@ def test_both_orders_agree_in_values_and_gradients():
     with torch.no_grad():
         b.w1.copy_(a.w1)
         b.w2.copy_(a.w2_a @ a.w2_b)
-    x, probe = toy.inputs(5, 300, dtype=torch.float64), toy.inputs(5, 65, dtype=torch.float64, seed=4)
-    got, want = split(x), joint(x)
-    assert error(got, want) < T64
-    (got * probe).sum().backward()
-    (want * probe).sum().backward()
-    assert error(a.w1.grad, b.w1.grad) < T64
-    assert error(a.w2_b.grad, a.w2_a.T @ b.w2.grad) < T64
+
+    def gradients():
+        return [(a.w1.grad, b.w1.grad), (a.w2_b.grad, a.w2_a.detach().T @ b.w2.grad)]
+
+    check_agree(split, joint, toy.inputs(5, 300, dtype=torch.float64), gradients, T64)
     w2_first, w1_first = 10 * 43 + 13 * 50, 30 * 50 + 5 * 390
     assert multiplications(a.float()) == w2_first
     assert multiplications(b.float()) == w1_first
@@ -124,16 +121,7 @@ def test_rank_of_the_change_is_the_product_of_the_ranks():
 
 @forms
 def test_scale_is_alpha_over_r_or_over_its_root_in_every_form(names, cfg):
-    x = toy.inputs(5, 24, dtype=torch.float64)
-    outputs = {}
-    for alpha, rslora in ((cfg.r, False), (2 * cfg.r, False), (2 * cfg.r**0.5, True)):
-        model, _ = adapted(copy(cfg, alpha=alpha, rslora=rslora))
-        outputs[alpha, rslora] = model(x)
-    with ll.disabled(model):
-        base = model(x)
-    assert error(outputs[2 * cfg.r, False] - base, 2 * (outputs[cfg.r, False] - base)) < T64
-    assert error(outputs[2 * cfg.r**0.5, True], outputs[2 * cfg.r, False]) < T64
-    assert error(outputs[cfg.r, False], base) > 1e-3
+    check_scale(cfg)
 
 
 ZERO = {"peft": ("w1", "w1_a"), "lycoris": ("w2", "w2_b")}
@@ -192,12 +180,4 @@ def test_parity_with_peft(cfg):
         target_modules=["o_proj"],
         init_weights=False,
     )
-
-    def fill(ours, theirs):
-        for name, value in ours.named_parameters():
-            value.copy_(getattr(theirs, f"lokr_{name}")["default"])
-
-    def pairs(ours, theirs):
-        return [(value.grad, getattr(theirs, f"lokr_{name}")["default"].grad) for name, value in ours.named_parameters()]
-
-    check_parity(cfg, config, pairs, fill)
+    check_parity_by_name(cfg, config, {name: f"lokr_{name}" for name in adapted(cfg)[1].specs()})

@@ -6,7 +6,7 @@ import torch
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracle import T64, adapted, check_dense, check_parity, live_gradients, peft_layer
+from tests.oracle import T64, adapted, check_dense, check_parity, check_rotates_input, input_map, live_gradients, peft_layer
 
 
 def rotation(q, c, d_in):
@@ -27,12 +27,6 @@ def rotation(q, c, d_in):
 
 def dense(a, W, b, c):
     return W @ rotation(a.q, c, a.d_in).T, b
-
-
-def input_map(adapter, coeff=1.0):
-    """The matrix that the adapter applies to a row x from the right."""
-    adapter.coeff = coeff
-    return adapter.forward_input(torch.eye(adapter.d_in, dtype=adapter.q.dtype)).detach()
 
 
 @pytest.mark.parametrize("check", [c for b in (2, 8) for c in checks("oft", ll.OFTConfig(block_size=b))], ids=str)
@@ -57,11 +51,7 @@ def test_default_block_is_the_largest_divisor_up_to_32(d_in, block):
 def test_map_is_a_rotation_at_any_parameters(dtype, tolerance, size):
     _, adapter = adapted(ll.OFTConfig(), d_in=96, dtype=dtype, size=size)
     for coeff in (1.0, 0.5, -0.7, 2.0):
-        R = input_map(adapter, coeff)
-        assert error(R @ R.T, torch.eye(96)) < tolerance
-        assert abs(torch.linalg.det(R.double()) - 1) < tolerance
-        x = toy.inputs(5, 96, dtype=dtype)
-        assert error((x @ R).norm(dim=1), x.norm(dim=1)) < 1e-6
+        check_rotates_input(adapter, tolerance, coeff)
 
 
 def test_minus_one_inverts_one():

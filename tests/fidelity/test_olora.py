@@ -9,7 +9,7 @@ from torch import nn
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracle import T64, adapted, check_dense, check_parity, live_gradients, peft_layer
+from tests.oracle import T64, adapted, check_decay_ends_at_base, check_dense, check_parity, live_gradients, peft_layer
 
 
 def dense(a, W, b, c):
@@ -126,16 +126,7 @@ def test_identity_does_not_depend_on_the_factors():
 
 
 def test_heavy_decay_ends_at_the_base_model():
-    model, _ = adapted(ll.OLoRAConfig(r=4))
-    x = toy.inputs(5, 24, dtype=torch.float64)
-    optimizer = torch.optim.SGD(ll.param_groups(model, lr=0.5, weight_decay=1.0))
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    for _ in range(60):
-        optimizer.step()
-    trained = model(x)
-    with ll.disabled(model):
-        assert error(trained, model(x)) < T64
+    check_decay_ends_at_base(ll.OLoRAConfig(r=4))
 
 
 def test_gradient_pattern():

@@ -6,7 +6,7 @@ import torch
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracle import T32, T64, adapted, check_dense, check_parity, live_gradients, peft_layer
+from tests.oracle import T32, T64, adapted, check_decay_ends_at_base, check_dense, check_parity, live_gradients, peft_layer
 
 MODES = ("road_1", "road_2", "road_4")
 
@@ -193,16 +193,7 @@ def test_small_stretch_survives_a_low_precision_adapter():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_heavy_decay_ends_at_the_base_model(mode):
-    model, _ = turned(mode, stretched=True)
-    x = toy.inputs(5, 24, dtype=torch.float64)
-    optimizer = torch.optim.SGD(ll.param_groups(model, lr=0.5, weight_decay=1.0))
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    for _ in range(60):
-        optimizer.step()
-    trained = model(x)
-    with ll.disabled(model):
-        assert error(trained, model(x)) < T64
+    check_decay_ends_at_base(ll.RoAdConfig(mode=mode, group_size=8), size=1.0)
 
 
 @pytest.mark.parametrize("mode", MODES)

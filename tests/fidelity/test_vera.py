@@ -9,7 +9,16 @@ import lora_lite as ll
 from lora_lite.io import read
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracle import T64, adapted, check_dense, check_parity, live_gradients
+from tests.oracle import (
+    T64,
+    adapted,
+    check_agree,
+    check_decay_ends_at_base,
+    check_dense,
+    check_ignores_bias,
+    check_parity_by_name,
+    live_gradients,
+)
 
 PROJECTIONS = ["q_proj", "o_proj", "up_proj", "down_proj"]
 
@@ -92,16 +101,7 @@ def test_seed_chooses_the_pair():
 
 
 def test_change_does_not_depend_on_the_bias():
-    x = toy.inputs(5, 24, dtype=torch.float64)
-    changes = []
-    for offset in (0.0, 100.0):
-        model, _ = adapted(ll.VeRAConfig(r=4))
-        with torch.no_grad():
-            model.o_proj.bias.add_(offset)
-        changed = model(x)
-        with ll.disabled(model):
-            changes.append(changed - model(x))
-    assert error(*changes) < T64
+    check_ignores_bias(ll.VeRAConfig(r=4))
 
 
 def test_gradient_pattern():
@@ -109,17 +109,7 @@ def test_gradient_pattern():
 
 
 def test_decay_ends_at_the_base_model():
-    model, a = adapted(ll.VeRAConfig(r=4))
-    before = a.lambda_d.detach().clone()
-    optimizer = torch.optim.SGD(ll.param_groups(model, lr=0.5, weight_decay=2.0))
-    for p in a.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    x = toy.inputs(5, 24, dtype=torch.float64)
-    got = model(x)
-    with ll.disabled(model):
-        assert torch.equal(got, model(x))
-    assert torch.equal(a.lambda_d, before)
+    check_decay_ends_at_base(ll.VeRAConfig(r=4), spared={"lambda_d"})
 
 
 def test_trained_and_frozen_numbers():
@@ -148,21 +138,9 @@ def test_file_holds_the_pair_once_or_its_hash(tmp_path):
 def test_parity_with_peft():
     peft = pytest.importorskip("peft")
     config = peft.VeraConfig(r=6, target_modules=["o_proj"], init_weights=False, vera_dropout=0.0)
-
-    def fill(ours, theirs):
-        ours.A.copy_(theirs.vera_A["default"])
-        ours.B.copy_(theirs.vera_B["default"])
-        ours.lambda_b.copy_(theirs.vera_lambda_b["default"])
-        ours.lambda_d.copy_(theirs.vera_lambda_d["default"])
-
-    def pairs(ours, theirs):
-        return [
-            (ours.lambda_b.grad, theirs.vera_lambda_b["default"].grad),
-            (ours.lambda_d.grad, theirs.vera_lambda_d["default"].grad),
-        ]
-
-    check_parity(ll.VeRAConfig(r=6), config, pairs, fill)
-    check_parity(ll.VeRAConfig(r=6), config, pairs, fill, d_in=32, d_out=24, bias=False)
+    names = {name: f"vera_{name}" for name in ("A", "B", "lambda_b", "lambda_d")}
+    check_parity_by_name(ll.VeRAConfig(r=6), config, names)
+    check_parity_by_name(ll.VeRAConfig(r=6), config, names, d_in=32, d_out=24, bias=False)
 
 
 def test_parity_with_peft_over_layers_of_several_widths():
@@ -171,25 +149,23 @@ def test_parity_with_peft_over_layers_of_several_widths():
     theirs = peft.get_peft_model(toy.toy(), peft.VeraConfig(r=6, target_modules=PROJECTIONS, init_weights=False))
     ours = toy.toy()
     layers = ll.attach(ours, ll.VeRAConfig(r=6)).layers
+    peers = {path: theirs.base_model.model.get_submodule(path) for path in layers}
     with torch.no_grad():
         for path, a in layers.items():
-            peer = theirs.base_model.model.get_submodule(path)
+            peer = peers[path]
             a.shared["A"].tensor.copy_(peer.vera_A["default"])
             a.shared["B"].tensor.copy_(peer.vera_B["default"])
             a.lambda_b.copy_(peer.vera_lambda_b["default"].mul_(0.3))
             a.lambda_d.copy_(peer.vera_lambda_d["default"])
-    x = toy.inputs(3, 5, 24)
-    got, want = ours(x), theirs(x)
-    assert error(got, want) < 1e-5
-    got.square().sum().backward()
-    want.square().sum().backward()
-    for path, a in layers.items():
-        peer = theirs.base_model.model.get_submodule(path)
-        for mine, other in (
-            (a.lambda_b.grad, peer.vera_lambda_b["default"].grad),
-            (a.lambda_d.grad, peer.vera_lambda_d["default"].grad),
-        ):
-            assert float((mine - other).abs().max() / other.abs().max()) < 1e-5, path
+
+    def gradients():
+        return [
+            (getattr(a, name).grad, getattr(peers[path], f"vera_{name}")["default"].grad)
+            for path, a in layers.items()
+            for name in ("lambda_b", "lambda_d")
+        ]
+
+    check_agree(ours, theirs, toy.inputs(3, 5, 24), gradients)
 
 
 def test_start_follows_the_distribution_of_peft():
