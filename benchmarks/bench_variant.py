@@ -4,7 +4,6 @@ Keys are fields of benchmarks.run.Settings (steps=50 seeds=0,1,2 lr=1e-3 model=F
 config (r=4 alpha=8 targets=o_proj,down_proj ...). Writes a JSON record and a plot to out= (default benchmarks/runs).
 """
 
-import ast
 import dataclasses
 import logging
 import os
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import lora_lite as ll
 from benchmarks import report
+from benchmarks.options import value_of
 from benchmarks.run import Settings, environment, load_base, make_task, run_variant, settings_json
 from lora_lite.errors import closest
 
@@ -61,14 +61,6 @@ def parse(pairs: list[str], cls: type[ll.Adapter]) -> tuple[Settings, dict[str, 
     if settings.lr is not None and not (isinstance(settings.lr, (int, float)) and settings.lr > 0):
         raise ll.LoraLiteError(f"lr={settings.lr!r}", expected="A number above 0.", fix="lr=1e-3")
     return settings, config, out
-
-
-def value_of(word: str) -> Any:
-    """A Python literal, a comma-separated list of words as a tuple, or the word itself."""
-    try:
-        return ast.literal_eval(word)
-    except (ValueError, SyntaxError):
-        return tuple(word.split(",")) if "," in word else word
 
 
 def progress_over(progress: Progress) -> Any:

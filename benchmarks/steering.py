@@ -35,10 +35,10 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from benchmarks import text
-from benchmarks.bench_variant import RUNS, value_of
+from benchmarks.bench_variant import RUNS
+from benchmarks.options import Options
 from benchmarks.run import BASE, Settings, environment, fitting, load_base, write_json
 from benchmarks.steering_report import plot, table
-from lora_lite.errors import closest
 from lora_lite.io import write_atomically
 
 DUE, OTHERWISE = rb"(?<=[ \n(])`+(?=\w)", rb"(?<=[ \n(])[a-z]"
@@ -51,7 +51,7 @@ Row = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steering:
+class Steering(Options):
     """
     coeffs       points of the curve; 0, the base model, and 1 are always among them
     calibration  rows of each class, the `length` bytes before a place; drawn with `seed`
@@ -71,46 +71,12 @@ class Steering:
     out: str = str(RUNS)
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(f.default, tuple):
-                kind = type(f.default[0])
-                value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-                fine = all(type(v) in (int, kind) and math.isfinite(v) for v in value)
-                value = tuple(map(kind, value)) if fine else value
-                expected = f"One or more numbers of type {kind.__name__}."
-            else:
-                fine = type(value) is type(f.default) and (f.name in ("seed", "out") or value > 0)
-                expected = f"A value like {f.default!r}."
-            if not fine:
-                raise ll.LoraLiteError(f"{f.name}={value!r}", expected=expected, fix=f"{f.name}={shown(f.default)}")
-            object.__setattr__(self, f.name, value)
+        super().__post_init__()
         if self.window <= CONTEXT:
             raise ll.LoraLiteError(
                 f"window={self.window}", expected=f"More than the {CONTEXT} bytes of context.", fix="window=256"
             )
         object.__setattr__(self, "coeffs", tuple(sorted({0.0, 1.0, *self.coeffs})))
-
-
-def shown(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def parse(words: list[str]) -> Steering:
-    """Settings of key=value words. Raises LoraLiteError for an unknown key and a value of the wrong kind."""
-    known = {f.name for f in dataclasses.fields(Steering)}
-    given: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or key not in known:
-            raise ll.LoraLiteError(
-                f"{word!r} is no option of this example.",
-                expected="Options are written key=value.",
-                found=closest(key, known),
-                fix="just steering windows=64 seeds=0,1",
-            )
-        given[key] = value if key == "out" else value_of(value)
-    return Steering(**given)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -296,7 +262,7 @@ def experiment(settings: Steering, progress: Progress) -> dict[str, Any]:
 
 def steer(words: list[str], console: Console) -> dict[str, Any]:
     """Measure, show and write. Raises LoraLiteError for wrong options."""
-    settings = parse(words)
+    settings = Steering.parse(words, "just steering windows=64 seeds=0,1")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         record = experiment(settings, progress)

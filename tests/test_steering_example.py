@@ -16,7 +16,7 @@ pytest.importorskip("typer")
 
 from benchmarks import steering
 from benchmarks.run import Settings, load_base
-from benchmarks.steering import BYTE, CONTEXT, DUE, KL_LIMIT, OTHERWISE, Passages, Steering, parse, places, score
+from benchmarks.steering import BYTE, CONTEXT, DUE, KL_LIMIT, OTHERWISE, Passages, Steering, places, score
 from benchmarks.steering_report import at, summary
 from benchmarks.table import RESULTS
 
@@ -68,7 +68,7 @@ def test_parts_of_the_prose_have_no_longer_paragraph_in_common():
 
 def test_scores_are_those_of_a_direct_computation():
     model, _ = load_base(Settings(device="cpu"))
-    passages = Passages.of(steering.prose()["validation"], parse(TINY))
+    passages = Passages.of(steering.prose()["validation"], Steering.parse(TINY, ""))
     base = steering.predictions(model, passages)
     handle = ll.attach(model, ll.config("antipasto_ablate", r=192, init_alpha=1.0, seed_direction="random"))
     with torch.no_grad():
@@ -148,11 +148,11 @@ def test_blocks_are_the_best_that_the_limit_allows(tiny):
 )
 def test_wrong_options_are_named(words, named):
     with pytest.raises(ll.LoraLiteError, match=named):
-        parse(words)
+        Steering.parse(words, "")
 
 
 def test_points_of_the_curve_are_sorted_and_hold_zero_and_one():
-    assert parse(["coeffs=2,-1"]).coeffs == (-1.0, 0.0, 1.0, 2.0)
+    assert Steering.parse(["coeffs=2,-1"], "").coeffs == (-1.0, 0.0, 1.0, 2.0)
 
 
 def test_errors_end_without_a_traceback(capsys):
@@ -172,7 +172,7 @@ def committed():
 
 def test_committed_record_is_whole_and_of_the_default_settings(committed):
     check(committed)
-    defaults = parse([])
+    defaults = Steering.parse([], "")
     assert all(
         committed["settings"][name] == json.loads(json.dumps(getattr(defaults, name))) for name in ("coeffs", "seeds", "places")
     )

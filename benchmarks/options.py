@@ -1,0 +1,64 @@
+"""Options of a benchmark as a frozen dataclass, read from key=value words and held to the kind of their defaults."""
+
+import ast
+import dataclasses
+import math
+from typing import Any, TypeVar
+
+import lora_lite as ll
+from lora_lite.errors import closest
+
+O = TypeVar("O", bound="Options")
+
+
+def value_of(word: str) -> Any:
+    """A Python literal, a comma-separated list of words as a tuple, or the word itself."""
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return tuple(word.split(",")) if "," in word else word
+
+
+def shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """A subclass declares fields with defaults: numbers (above 0 but for `seed`), words, and tuples of either.
+
+    Raises LoraLiteError for a value of another kind.
+    """
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value, kind = getattr(self, f.name), type(f.default)
+            if isinstance(f.default, tuple):
+                kind = type(f.default[0])
+                value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+                fine = bool(value) and all(type(v) in (int, kind) and (kind is str or math.isfinite(v)) for v in value)
+                value = tuple(map(kind, value)) if fine else value
+                expected = f"One or more {'words' if kind is str else f'numbers of type {kind.__name__}'}."
+            else:
+                fine = type(value) is kind and (kind is str or f.name == "seed" or value > 0)
+                expected = f"A value like {f.default!r}."
+            if not fine:
+                raise ll.LoraLiteError(f"{f.name}={value!r}", expected=expected, fix=f"{f.name}={shown(f.default)}")
+            object.__setattr__(self, f.name, value)
+
+    @classmethod
+    def parse(cls: type[O], words: list[str], usage: str) -> O:
+        """The options of key=value words. Raises LoraLiteError for an unknown key; `usage` is the fix it shows."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        given: dict[str, Any] = {}
+        for word in words:
+            key, equals, value = word.partition("=")
+            if not equals or key not in known:
+                raise ll.LoraLiteError(
+                    f"{word!r} is no option here.",
+                    expected="Options are written key=value.",
+                    found=closest(key, known),
+                    fix=usage,
+                )
+            given[key] = value if type(known[key].default) is str else value_of(value)
+        return cls(**given)
