@@ -1,6 +1,6 @@
 """AntiPaSTO arrow: a dense block that mixes the first directions of the layer's output, one factor for each of the others.
 
-paper     none for this core, a design of the code below; the family: Clark 2026, arXiv:2601.07473
+paper     none for this core; family: Clark 2026, arXiv:2601.07473
 code      wassname/lora-lite, variants/antipasto_arrow.py
 formula   y' = y + U [c M h_1; ELU(c g) h_2],  h = U^T (y - b), h_1 its first b coordinates, h_2 the others;  M (b, b) and
           g (r - b,) trained, U (o, r) frozen with orthonormal columns, b = block, c = coeff

@@ -1,6 +1,6 @@
 """AntiPaSTO DPLR: one factor per direction of the layer's output plus a low-rank product that mixes them.
 
-paper     none for this core, a design of the code below; low-rank product: Hu et al. 2021, arXiv:2106.09685
+paper     none for this core; low-rank product: Hu et al. 2021, arXiv:2106.09685
 code      wassname/lora-lite, variants/antipasto_dplr.py
 formula   y' = y + U (ELU(c g) h + c B A p),  h = U^T (y - b),  p = h / sigma;  g (r,), A (k, r), B (r, k) trained, U (o, r)
           frozen with orthonormal columns, sigma_k = |W^T u_k| frozen, c = coeff: with W = U S V^T + rest that is
