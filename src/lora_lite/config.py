@@ -118,7 +118,7 @@ class AdapterConfig:
         return self if rank == self.r else dataclasses.replace(self, r=rank)
 
     def lasting(self: C) -> C:
-        """This config without what only serves the start and is no data: fields with `metadata={"transient": True}` are None."""
+        """This config with None for what only serves the start and is no data: fields with `metadata={"transient": True}`."""
         passing = [f.name for f in dataclasses.fields(self) if f.metadata.get("transient")]
         return dataclasses.replace(self, **dict.fromkeys(passing)) if passing else self
 
