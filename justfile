@@ -35,6 +35,10 @@ bench-full: setup
 steering *options: setup
     @{{ python }} -m benchmarks.steering {{ options }}
 
+# time, memory and attach of every variant beside the bare model and PEFT: just bench-cost variants=lora,dora models=d512
+bench-cost *options: setup
+    @{{ python }} -m benchmarks.cost {{ options }}
+
 # run the conformance suite on one variant
 contract name: setup
     @{{ python }} -m lora_lite check {{ name }}
