@@ -32,10 +32,13 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Te
     return lin((lin(x, A) * scale).to(x.dtype), B)
 
 
-def per_value(coeff: float | Tensor, z: Tensor, change: Callable[[float, Tensor], Tensor]) -> Tensor:
+def per_value(
+    coeff: float | Tensor, z: Tensor, change: Callable[[float, Tensor], Tensor], at_zero: Tensor | None = None
+) -> Tensor:
     """`change(c, z)` for a float; for a tensor of coefficients, once per distinct value, each sample taking its own.
 
-    For maps that are not linear in the coefficient, such as the Cayley transform. coeff: aligned with z, last axes 1.
+    For maps that are not linear in the coefficient, such as the Cayley transform. coeff: aligned with z, last axes 1;
+    at_zero: the result where it is 0, None: zeros.
     Raises LoraLiteError above 16 distinct values, and for a coefficient that is to be trained: values have no gradient.
     """
     if not isinstance(coeff, Tensor):
@@ -53,7 +56,7 @@ def per_value(coeff: float | Tensor, z: Tensor, change: Callable[[float, Tensor]
             expected=f"This variant evaluates its map once per value and takes at most {MOST_VALUES}.",
             fix="coeff = (coeff * 8).round() / 8",
         )
-    out = torch.zeros_like(z)
+    out = torch.zeros_like(z) if at_zero is None else at_zero
     for value in values:
         if value != 0:
             out = torch.where(coeff == value, change(value, z), out)
@@ -180,8 +183,14 @@ def bounded(X: Tensor, max_angle: float | None) -> Tensor:
 
 def block_product(z: Tensor, N: Tensor) -> Tensor:
     """z blockdiag(N) in row form: (..., n b), (n, b, b) -> (..., n b), in the dtype of z."""
-    blocks = rearrange(z, "... (n k) -> ... n k", n=len(N))
-    return rearrange(torch.einsum("...nk,nkc->...nc", blocks, N.to(z.dtype)), "... n c -> ... (n c)")
+    blocks = rearrange(z, "... (n k) -> n (...) k", n=len(N))
+    return rearrange(torch.bmm(blocks, N.to(z.dtype)), "n t c -> t (n c)").reshape(z.shape)
+
+
+def block_turn(z: Tensor, N: Tensor) -> Tensor:
+    """z + z blockdiag(N), the sum inside the product: one pass less over z."""
+    blocks = rearrange(z, "... (n k) -> n (...) k", n=len(N))
+    return rearrange(torch.baddbmm(blocks, blocks, N.to(z.dtype)), "n t c -> t (n c)").reshape(z.shape)
 
 
 def reflections(V: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ differs   the Cayley transform is solved exactly, not cut off as a series; sign 
 from ..annotations import Float, Parameter, Tensor
 from ..contract import Adapter, Claims, ParamSpec, RanklessConfig, Specs, dataclass, register
 from ..limits import largest_divisor, refuse_indivisible
-from ..linalg import block_product, cayley_shift, per_value, skew
+from ..linalg import block_turn, cayley_shift, per_value, skew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,4 +51,4 @@ class OFT(Adapter):
 
     def forward_input(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
         X = skew(self.q, self.d_in // len(self.q))
-        return x + per_value(self.coeff, x, lambda c, z: block_product(z, cayley_shift(c * X)))
+        return per_value(self.coeff, x, lambda c, z: block_turn(z, cayley_shift(c * X)), at_zero=x)
