@@ -8,7 +8,7 @@ start     A uniform in +-1/sqrt(i), B = 0, w2 = squared row norms of W, m = sqrt
 coeff     interpolates between W and W' linearly; -1 goes as far the other way
 identity  exact: B = 0 gives n = sqrt(w2) = m, so m/n = 1
 invariant row norms of W' are |m| at c = 1; the bias is neither scaled nor moved
-cost      r (i + o) + o trained, o frozen; r (i + o) + 2o multiply-adds per token, r i o + r^2 (i + o) per call for n
+cost      r (i + o) + o trained, o frozen; r (i + o) + o multiply-adds per token, r i o + r^2 (i + o) + o r per call
 differs   the paper forms V to take its norm; here n^2 = w2 + 2s (W A^T . B) + s^2 (B A A^T . B), rows of . summed, without an
           o x i matrix, held above rounding noise where B A cancels a row of W
 """
@@ -51,4 +51,5 @@ class DoRA(Adapter):
             n2 = self.w2 + s * ((2 * base(A).T + s * B @ (A @ A.T)) * B).sum(1)
             n = n2.maximum(torch.finfo(n2.dtype).eps * self.w2).sqrt()
         gain = self.m / n
-        return y + self.coeff * ((gain - 1) * without_bias(y, base.bias) + gain * low_rank(x, A, B, s))
+        # gain B costs o r numbers per call, gain (B A x) would cost o per token
+        return y + self.coeff * (gain - 1) * without_bias(y, base.bias) + low_rank(x, A, gain[:, None] * B, self.coeff * s)
