@@ -25,11 +25,11 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 
 import lora_lite as ll
 from benchmarks.bench_variant import RUNS
+from benchmarks.cost_report import table
 from benchmarks.measure import forward_backward, saved_bytes, seconds
 from benchmarks.options import Options
 from benchmarks.peers import peer_config
@@ -176,45 +176,6 @@ def run(settings: Cost, console: Console) -> dict[str, Any]:
                 record["wall_seconds"] = round(time.perf_counter() - started, 1)
                 write_json(out / "cost.json", record)
     return record
-
-
-def ratio(row: dict[str, Any], subject: str, measure: str, beside: str = "bare") -> float | None:
-    """Median of a subject's measure over that of another, None where one is missing."""
-    ours, other = row.get(subject, {}).get(measure), row.get(beside, {}).get(measure)
-    if ours is None or other is None:
-        return None
-    return ours["median"] / other["median"] if isinstance(ours, dict) else ours / other
-
-
-COLUMNS = (
-    ("forward / bare", "ours", "forward", "bare"),
-    ("step / bare", "ours", "step", "bare"),
-    ("forward / PEFT", "ours", "forward", "peft"),
-    ("step / PEFT", "ours", "step", "peft"),
-    ("kept / bare", "ours", "saved_bytes", "bare"),
-    ("kept / PEFT", "ours", "saved_bytes", "peft"),
-    ("attach / PEFT", "ours", "attach_seconds", "peft"),
-)
-
-
-def table(record: dict[str, Any]) -> Table:
-    environment_ = record["environment"]
-    made = Table(
-        title=f"medians of {record['settings']['repeats']} interleaved repeats, {record['settings']['tokens']} tokens",
-        caption=f"{environment_['device']}, {environment_['threads']} threads, torch {environment_['torch']}; "
-        "step: forward + backward; kept: bytes kept for backward; below 1 ours is cheaper",
-        title_justify="left",
-        caption_justify="left",
-    )
-    made.add_column("model")
-    made.add_column("variant")
-    made.add_column("r", justify="right")
-    for head, *_ in COLUMNS:
-        made.add_column(head, justify="right")
-    for row in record["rows"]:
-        cells = [ratio(row, subject, measure, beside) for _, subject, measure, beside in COLUMNS]
-        made.add_row(row["model"], row["variant"], str(row["r"] or "-"), *("-" if c is None else f"{c:.2f}" for c in cells))
-    return made
 
 
 def main(words: list[str]) -> None:

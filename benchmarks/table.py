@@ -1,4 +1,4 @@
-"""The generated parts of the README, from the registry and the committed records; `--check` fails when one is stale.
+"""The generated parts of the README and docs/cost.md, from the registry and the committed records; `--check` finds stale ones.
 
 variants  the table       example  a whole variant file       base  how well the embedded base predicts prose
 steering  what one direction does
@@ -11,6 +11,7 @@ from typing import Any
 
 import lora_lite as ll
 import lora_lite.variants
+from benchmarks.cost_report import page
 from benchmarks.report import final
 from benchmarks.run import BASE
 from benchmarks.steering_report import summary
@@ -116,14 +117,18 @@ def fresh(readme: str) -> str:
     return readme
 
 
+def pages() -> dict[Path, str]:
+    """Every generated document as it should be."""
+    readme, found = ROOT / "README.md", record("cost")
+    return {readme: fresh(readme.read_text())} | ({ROOT / "docs" / "cost.md": page(found)} if found else {})
+
+
 def main() -> None:
-    path = ROOT / "README.md"
-    readme = path.read_text()
-    if "--check" in sys.argv:
-        if fresh(readme) != readme:
-            sys.exit("README.md is stale: just table")
-        return
-    path.write_text(fresh(readme))
+    for path, content in pages().items():
+        if "--check" not in sys.argv:
+            path.write_text(content)
+        elif not path.exists() or path.read_text() != content:
+            sys.exit(f"{path.name} is stale: just table")
 
 
 if __name__ == "__main__":

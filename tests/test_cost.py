@@ -8,7 +8,8 @@ import torch
 
 import lora_lite as ll
 from benchmarks import cost
-from benchmarks.cost import COLUMNS, Cost, ratio
+from benchmarks.cost import Cost
+from benchmarks.cost_report import COLUMNS, page, ratio, table
 from benchmarks.peers import PEERS
 
 pytest.importorskip("peft")
@@ -42,8 +43,15 @@ def test_ratios_are_medians_over_medians_and_missing_peers_are_blank(record):
     assert ratio(first, "ours", "step") == first["ours"]["step"]["median"] / first["bare"]["step"]["median"]
     assert ratio(first, "ours", "saved_bytes", "peft") == first["ours"]["saved_bytes"] / first["peft"]["saved_bytes"]
     assert ratio(second, "ours", "step", "peft") is None
-    assert cost.table(record).row_count == 2
-    assert len(cost.table(record).columns) == 3 + len(COLUMNS)
+    assert table(record).row_count == 2
+    assert len(table(record).columns) == 3 + len(COLUMNS)
+
+
+def test_page_shows_the_ratios_of_every_row(record):
+    text = page(record)
+    row = next(line for line in text.splitlines() if line.startswith("| `lora` "))
+    assert row.split(" | ")[2:4] == [f"{ratio(record['rows'][0], 'ours', kind):.2f}" for kind in ("forward", "step")]
+    assert next(line for line in text.splitlines() if "antipasto_ablate" in line).count(" - ") == 4
 
 
 @pytest.mark.parametrize("name", sorted(PEERS))

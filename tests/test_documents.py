@@ -86,11 +86,11 @@ def test_name_of_a_variant_stands_in_its_own_file_only(path):
     assert not set(elsewhere) - orientation.get(path.stem, set()), elsewhere
 
 
-def test_generated_parts_of_the_readme_are_fresh():
-    from benchmarks.table import fresh
+def test_generated_documents_are_fresh():
+    from benchmarks.table import pages
 
-    readme = (ROOT / "README.md").read_text()
-    assert fresh(readme) == readme, "just table"
+    for path, content in pages().items():
+        assert path.read_text() == content, "just table"
 
 
 def test_links_of_the_readme_lead_somewhere():
