@@ -515,6 +515,26 @@ def test_labels_that_do_not_fit_or_leave_nothing_are_refused():
     measure(model, layer, ["n"], [{"x": x, "labels": torch.zeros(2, 11)}])
 
 
+@pytest.mark.parametrize("samples", [2, 12], ids=["fewer than tokens", "as many as tokens"])
+def test_labels_of_samples_beside_an_attention_mask_are_in_the_way_of_label_positions_alone(samples):
+    """A classifier's batch: one label per row. As many rows as tokens must not be taken for labels of the tokens."""
+    model, x = WithLabels(24, 32, True).double(), toy.inputs(samples, 12, 24, dtype=torch.float64)
+    mask, labels = PADDED[1:].repeat(samples, 1), torch.arange(samples)
+    batch, layer = {"x": x, "attention_mask": mask, "labels": labels}, {"o_proj": model.o_proj}
+    got = measure(model, layer, ["n", "x_sum", "wgrad"], [batch], lambda model, batch: model(**batch).square().sum())
+    assert got["n"]["o_proj"] == 8 * samples
+    assert error(got["x_sum"]["o_proj"], x[:, :8].sum((0, 1))) < EXACT
+    with pytest.raises(ll.LoraLiteError, match=rf"o_proj sees activations.*labels of shape \({samples},\)"):
+        measure(model, layer, ["n/labels"], [batch])
+
+
+def test_labels_of_the_tokens_in_another_shape_meet_the_padding():
+    model, x = WithLabels(24, 32, True).double(), toy.inputs(2, 12, 24, dtype=torch.float64)
+    labels = torch.where(torch.arange(24) < 3, -100, 0)
+    batch = {"x": x, "attention_mask": PADDED, "labels": labels}
+    assert measure(model, {"o_proj": model.o_proj}, ["n/labels"], [batch])["n/labels"]["o_proj"] == 24 - 3 - 4
+
+
 # --- sketches ---------------------------------------------------------------------------------------------------------
 
 

@@ -92,7 +92,9 @@ class Recorder:
         self.masks = {"": (mask, "attention_mask"), "labels": (mask, "attention_mask")}
         if isinstance(labels, Tensor):
             counted = labels != -100
-            self.masks["labels"] = counted if mask is None else counted & mask.bool(), "labels"
+            if mask is not None and mask.numel() == labels.numel():  # else of samples, or of a decoder's tokens
+                counted &= mask.bool().reshape(labels.shape)
+            self.masks["labels"] = counted, "labels"
 
     def leader(self, path: str, x: Tensor) -> str:
         """The first layer of this batch that was given this very tensor. Raises where it was another one in earlier batches."""
