@@ -278,6 +278,23 @@ def test_padding_on_the_left_predicts_nothing(qwen):
         assert relative(got[1][path], want[path]) < 2e-6
 
 
+def test_labels_behind_padding_on_the_left_count_as_if_padding_predicted_nothing(qwen):
+    """The model's own loss also asks the last padded position for the first token; G is the gradient without that term."""
+    left, paths = PADDED.flip(1), list(projections(qwen))
+    labels = IDS.masked_fill(left == 0, -100)
+    batch = {"input_ids": IDS, "attention_mask": left, "labels": labels}
+    got = measure(qwen, projections(qwen), ["wgrad"], [batch])["wgrad"]
+    first = labels.clone()
+    first[1, 4] = -100
+    terms = [int((t[:, 1:] != -100).sum()) for t in (first, labels)]
+    assert terms == [18, 19]
+    want = autograd(qwen, paths, lambda model: model(**{**batch, "labels": first}).loss * terms[0] / terms[1])
+    whole = autograd(qwen, paths, lambda model: model(**batch).loss)
+    for path in paths:
+        assert relative(got[path], want[path]) < 2e-6, path
+    assert max(relative(got[path], whole[path]) for path in paths) > 0.02
+
+
 def test_tensor_without_a_loss_is_probed_by_fixed_random_signs_with_a_warning():
     model, data = double_toy(), batches(2)
     state = torch.random.get_rng_state()

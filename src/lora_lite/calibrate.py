@@ -14,6 +14,8 @@ A statistic is a sum over kept tokens, accumulated in float64 from float32 (or b
     yx_moment  sum (y - b) x^T                           (o, i)
     x_sketch[q,m]  x_moment times `sketch_matrix(i, q, m)`: x_moment itself for i up to m, (i, q) beyond
     wgrad      sum d x^T, d = dLoss/dy: the loss's gradient with respect to W, no parameter needing a gradient   (o, i)
+               A loss that counts what padding predicts, as the model's own does of labels behind padding on the left, is
+               taken without that: padding's rows are left out, and no kept token sees them
 
 `NAME/last` sums over the last kept token of each row only; `NAME/labels` over those whose label is not -100, where batches
 have labels; `NAME/call` after x and y - b of each call were divided by |max x|, so that calls count alike whatever their scale;

@@ -4,8 +4,8 @@ paper     Wang, Yu, Li 2024, arXiv:2407.05000, theorems 3.1 and 3.2, algorithm 1
 code      Outsider565/LoRA-GA, peft/src/peft/tuners/lora/layer.py; huggingface/peft, tuners/lora/layer.py and loraga.py
 formula   y' = y + c s (B A - B0 A0) x,  A = A0 + dA (r, i),  B = B0 + dB (o, r);  dA, dB trained, c = coeff,
           s = alpha / sqrt(r) (rslora=False: alpha / r)
-start     G = dLoss/dW = U S V^T summed over the calibration batches, its 2r leading triples: A0 = k V^T of r of them,
-          B0 = k U of the other r, k = o^(1/4) / sqrt(gamma); dA = dB = 0
+start     G = dLoss/dW = U S V^T summed over the calibration batches, at tokens that attention_mask keeps, its 2r leading
+          triples: A0 = k V^T of r of them, B0 = k U of the other r, k = o^(1/4) / sqrt(gamma); dA = dB = 0
 coeff     scales the update; 0.5 halves it, -1 reverses it
 identity  exact: B A - B0 A0 = B dA + dB A0, and dA = dB = 0
 invariant rank(W' - W) <= 2r; W is never written. From the start one step of plain SGD of rate t gives W' - W = -t s^2 k^2 G_2r
