@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
 from lora_lite.calibrate import parse, sketch_matrix
@@ -153,6 +154,34 @@ def test_outputs_and_inputs_that_the_model_writes_into_are_those_of_the_layer(fr
     assert error(got["x_sum"]["q_proj"], tokens.sum(0)) < EXACT
     assert error(got["x_sum"]["k_proj"], (tokens + 1).sum(0)) < EXACT
     assert got["x_sum"]["q_proj"] is not got["x_sum"]["k_proj"]
+
+
+class Checkpointed(nn.Module):
+    """Forgets and recomputes activations in eval mode too."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.o_proj, self.q_proj, self.k_proj, self.reentrant = nn.Linear(24, 24), nn.Linear(24, 8), nn.Linear(24, 8), reentrant
+
+    def block(self, x):
+        return (self.q_proj(x) * self.k_proj(x)).tanh()
+
+    def forward(self, x):
+        x = self.o_proj(x)
+        return self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_calls_that_checkpointing_repeats_count_once(reentrant):
+    x, names = toy.inputs(2, 12, 24, dtype=torch.float64), ("n", "calls", "x_moment", "y_moment", "wgrad")
+    sums = []
+    for mode in (None, reentrant):
+        model = toy.seeded(lambda mode=mode: Checkpointed(mode)).double()
+        linears = {path: model.get_submodule(path) for path in ("o_proj", "q_proj", "k_proj")}
+        sums.append(measure(model, linears, names, [x, x], lambda model, x: model(x).sum()))
+    for name in names:
+        for path in linears:
+            assert torch.equal(sums[0][name][path], sums[1][name][path]), (name, path)
 
 
 def test_gradient_of_a_bfloat16_model_is_the_float32_product_of_what_it_computes():

@@ -56,7 +56,9 @@ def measure(model: nn.Module, layers: dict[str, Layer], wanted: Iterable[str], d
                     batch = on_device(model, batch)
                     recorder.begin(label, batch)
                     if gradients:
-                        backward((loss_fn or default_loss)(model, batch))
+                        loss = (loss_fn or default_loss)(model, batch)
+                        recorder.again = True
+                        backward(loss)
                     else:
                         call(model, batch)
                     count += 1
@@ -81,6 +83,7 @@ class Recorder:
         self.leaders: dict[str, str] = {}  # path -> the first layer that receives the same tensor
         self.seen: Counter[str] = Counter()  # calls, with and without kept tokens
         self.label: str | None = None
+        self.again = False  # calls are those of the backward pass, which checkpointing repeats
         self.masks: dict[str, tuple[Tensor | None, str]] = {}
         self.inputs: list[tuple[weakref.ref[Tensor], int, str]] = []  # of this batch: tensor, its version, path
 
@@ -88,7 +91,7 @@ class Recorder:
         """The coming calls belong to this batch."""
         fields = batch if isinstance(batch, Mapping) else {}
         mask, labels = fields.get("attention_mask"), fields.get("labels")
-        self.label, self.inputs = label, []
+        self.label, self.inputs, self.again = label, [], False
         self.masks = {"": (mask, "attention_mask"), "labels": (mask, "attention_mask")}
         if isinstance(labels, Tensor):
             counted = labels != -100
@@ -109,11 +112,13 @@ class Recorder:
     def observe(self, path: str, layer: Layer, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         """Forward hook of one layer; for wgrad it returns the output that carries the gradient."""
         x = args[0] if args else next(iter(kwargs.values()))
-        follows = self.leader(path, x) != path
+        follows = not self.again and self.leader(path, x) != path
         kept: dict[str, tuple[Tensor, Tensor]] = {}
         out = y
         for name, request in self.requests.items():
             if (request.label is not None and request.label != self.label) or (follows and request.of_input):
+                continue
+            if self.again and request.value is not None:  # a gradient may come with the repeated call alone
                 continue
             if request.position not in kept:
                 kept[request.position] = self.rows(path, layer, x, y, request.position)
