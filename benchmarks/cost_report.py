@@ -13,6 +13,17 @@ def ratio(row: dict[str, Any], subject: str, measure: str, beside: str = "bare")
     return ours["median"] / other["median"] if isinstance(ours, dict) else ours / other
 
 
+def unsteady(row: dict[str, Any], subject: str, measure: str, beside: str) -> bool:
+    """Whether the middle half of either's repeats spreads over more than a tenth of its median."""
+    spreads = [row.get(name, {}).get(measure) for name in (subject, beside)]
+    return any(isinstance(s, dict) and s["high"] - s["low"] > 0.1 * s["median"] for s in spreads)
+
+
+def cell(row: dict[str, Any], subject: str, measure: str, beside: str) -> str:
+    value = ratio(row, subject, measure, beside)
+    return "-" if value is None else f"{'~' * unsteady(row, subject, measure, beside)}{value:.2f}"
+
+
 COLUMNS = (
     ("forward / bare", "ours", "forward", "bare"),
     ("step / bare", "ours", "step", "bare"),
@@ -39,8 +50,7 @@ def table(record: dict[str, Any]) -> Table:
     for head, *_ in COLUMNS:
         made.add_column(head, justify="right")
     for row in record["rows"]:
-        cells = [ratio(row, subject, measure, beside) for _, subject, measure, beside in COLUMNS]
-        made.add_row(row["model"], row["variant"], str(row["r"] or "-"), *("-" if c is None else f"{c:.2f}" for c in cells))
+        made.add_row(row["model"], row["variant"], str(row["r"] or "-"), *(cell(row, *rest) for _, *rest in COLUMNS))
     return made
 
 
@@ -55,7 +65,8 @@ def page(record: dict[str, Any]) -> str:
         f"Medians of {settings['repeats']} repeats in which the bare frozen model, ours and PEFT's take turns in one process",
         f"on the same {settings['tokens']} tokens; {where['threads']} CPU threads, torch {where['torch']}, float32. Forward is",
         "without gradients, step is forward + backward down to the embeddings, kept are bytes that forward keeps for backward.",
-        "Below 1 ours is cheaper. Attach includes calibration where a method starts from data (two batches), which PEFT's",
+        "Below 1 ours is cheaper; with ~ the middle half of the repeats of one of the two spreads over more than a tenth:",
+        "such a figure says little. Attach includes calibration where a method starts from data (two batches), which PEFT's",
         "figure does not: corda, eva and lora_ga stand beside PEFT's plain LoRA, which is what they train there.",
         "",
         "Models: `base` is the embedded one (six blocks, 192 wide); `d512` and `d1024` are two Qwen3 blocks of that width with",
@@ -66,7 +77,6 @@ def page(record: dict[str, Any]) -> str:
         lines.append("|---|--:|" + "--:|" * len(COLUMNS))
         for row in record["rows"]:
             if row["model"] == model:
-                cells = [ratio(row, *rest) for _, *rest in COLUMNS]
-                shown = " | ".join("-" if c is None else f"{c:.2f}" for c in cells)
+                shown = " | ".join(cell(row, *rest) for _, *rest in COLUMNS)
                 lines.append(f"| `{row['variant']}` | {row['r'] or '-'} | {shown} |")
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ import torch
 import lora_lite as ll
 from benchmarks import cost
 from benchmarks.cost import Cost
-from benchmarks.cost_report import COLUMNS, page, ratio, table
+from benchmarks.cost_report import COLUMNS, cell, page, ratio, table
 from benchmarks.peers import PEERS
 
 pytest.importorskip("peft")
@@ -49,8 +49,14 @@ def test_ratios_are_medians_over_medians_and_missing_peers_are_blank(record):
 
 def test_page_shows_the_ratios_of_every_row(record):
     text = page(record)
+    steady = {"median": 1.0, "low": 0.96, "high": 1.04}
+    pair = {"ours": {"step": steady | {"high": 1.2}}, "bare": {"step": steady}, "peft": {"step": steady}}
+    assert cell(pair, "ours", "step", "bare") == "~1.00"
+    assert cell(pair, "peft", "step", "bare") == "1.00"
     row = next(line for line in text.splitlines() if line.startswith("| `lora` "))
-    assert row.split(" | ")[2:4] == [f"{ratio(record['rows'][0], 'ours', kind):.2f}" for kind in ("forward", "step")]
+    assert [text.lstrip("~") for text in row.split(" | ")[2:4]] == [
+        f"{ratio(record['rows'][0], 'ours', kind):.2f}" for kind in ("forward", "step")
+    ]
     assert next(line for line in text.splitlines() if "antipasto_ablate" in line).count(" - ") == 4
 
 
