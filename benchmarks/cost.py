@@ -31,7 +31,7 @@ import lora_lite as ll
 from benchmarks.bench_variant import RUNS
 from benchmarks.cost_report import table
 from benchmarks.measure import forward_backward, saved_bytes, seconds
-from benchmarks.options import Options
+from benchmarks.options import Options, command
 from benchmarks.peers import peer_config
 from benchmarks.run import Settings, environment, fitting, load_base, write_json
 from lora_lite.errors import closest
@@ -178,22 +178,12 @@ def run(settings: Cost, console: Console) -> dict[str, Any]:
     return record
 
 
+def measure(words: list[str], console: Console) -> None:
+    console.print(table(run(Cost.parse(words, "just bench-cost variants=lora,dora models=d512"), console)))
+
+
 def main(words: list[str]) -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    console = Console()
-    if {"-h", "--help"} & set(words):
-        console.print(__doc__, markup=False, highlight=False)
-        return
-    try:
-        record = run(Cost.parse(words, "just bench-cost variants=lora,dora models=d512"), console)
-    except ll.LoraLiteError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("stopped; what was measured stands in cost.json")
-        sys.exit(130)
-    console.print(table(record))
+    command(words, __doc__, measure, "what was measured stands in cost.json")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,12 @@
 import ast
 import dataclasses
 import math
+import sys
+from collections.abc import Callable
 from typing import Any, TypeVar
+
+import transformers
+from rich.console import Console
 
 import lora_lite as ll
 from lora_lite.errors import closest
@@ -62,3 +67,21 @@ class Options:
                 )
             given[key] = value if type(known[key].default) is str else value_of(value)
         return cls(**given)
+
+
+def command(words: list[str], usage: str | None, work: Callable[[list[str], Console], object], stopped: str) -> None:
+    """Run a benchmark from its words; help, wrong options and Ctrl-C end without a traceback."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    console = Console()
+    if {"-h", "--help"} & set(words):
+        console.print(usage, markup=False, highlight=False)
+        return
+    try:
+        work(words, console)
+    except ll.LoraLiteError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print(f"stopped; {stopped}")
+        sys.exit(130)

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 import lora_lite as ll
 from benchmarks import text
 from benchmarks.bench_variant import RUNS
-from benchmarks.options import Options
+from benchmarks.options import Options, command
 from benchmarks.run import BASE, Settings, environment, fitting, load_base, write_json
 from benchmarks.steering_report import plot, table
 from lora_lite.io import write_atomically
@@ -278,20 +277,7 @@ def steer(words: list[str], console: Console) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    console = Console()
-    if {"-h", "--help"} & set(words):
-        console.print(__doc__, markup=False, highlight=False)
-        return
-    try:
-        steer(words, console)
-    except ll.LoraLiteError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("stopped; nothing was written")
-        sys.exit(130)
+    command(words, __doc__, steer, "nothing was written")
 
 
 if __name__ == "__main__":
