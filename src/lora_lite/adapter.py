@@ -71,6 +71,7 @@ class Adapter(nn.Module):
         self.d_in, self.d_out = d_in, d_out
         self.cfg: Any = cfg
         self.coeff: float | Tensor = cfg.coeff
+        self.values: Tensor | None = None  # `linalg.distinct` of a coefficient tensor that is not trained
         self.fired = False
         self.path = ""  # of its layer, seen from the module that was attached to
         self.group: Group = NOWHERE
@@ -218,6 +219,10 @@ class Adapter(nn.Module):
         """Whether every hook is still on its layer; other libraries may clear the hooks of a model."""
         return bool(self.handles) and all(handle.id in (handle.hooks_dict_ref() or ()) for handle in self.handles)
 
+    def take(self, coeff: float | Tensor) -> None:
+        """Hold a coefficient; one that is a parameter of the caller's does not become one of the adapter's."""
+        object.__setattr__(self, "coeff", coeff)
+
     def idle(self) -> bool:
         """No work to do: the coefficient is exactly 0, or the weight already holds the change."""
         return self.original is not None or (not isinstance(self.coeff, Tensor) and self.coeff == 0.0)
@@ -254,11 +259,11 @@ class Adapter(nn.Module):
                 expected=f"It must line up with the leading axes of activations of shape {tuple(z.shape)}.",
                 fix=f"ll.scale(model, torch.ones({z.shape[0]}))  # one value per sample",
             )
-        self.coeff = coeff.to(z.device).reshape(coeff.shape + (1,) * (z.ndim - coeff.ndim))
+        self.take(coeff.to(z.device).reshape(coeff.shape + (1,) * (z.ndim - coeff.ndim)))
         try:
             yield
         finally:
-            self.coeff = coeff
+            self.take(coeff)
 
     def extra_repr(self) -> str:
         return f"{self.variant}, {self.d_in} -> {self.d_out}, coeff={self.coeff}"

@@ -32,13 +32,24 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Te
     return lin((lin(x, A) * scale).to(x.dtype), B)
 
 
+def distinct(coeff: Tensor) -> Tensor:
+    """The values (k,) other than 0 of a coefficient tensor, in float64 on the CPU: each multiplies as a Python number does."""
+    values = coeff.detach().unique().cpu().double()
+    return values[values != 0]
+
+
 def per_value(
-    coeff: float | Tensor, z: Tensor, change: Callable[[float, Tensor], Tensor], at_zero: Tensor | None = None
+    coeff: float | Tensor,
+    z: Tensor,
+    change: Callable[[Any, Tensor], Tensor],
+    at_zero: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> Tensor:
     """`change(c, z)` for a float; for a tensor of coefficients, once per distinct value, each sample taking its own.
 
-    For maps that are not linear in the coefficient, such as the Cayley transform. coeff: aligned with z, last axes 1;
-    at_zero: the result where it is 0, None: zeros.
+    For maps that are not linear in the coefficient, such as the Cayley transform. coeff: aligned with z, last axes 1; c is a
+    number or a tensor without axes; at_zero: the result where coeff is 0, None: zeros; values: `distinct(coeff)` where it is
+    known already, which a compiled graph needs: it has one pass per value and cannot count them itself.
     Raises LoraLiteError above 16 distinct values, and for a coefficient that is to be trained: values have no gradient.
     """
     if not isinstance(coeff, Tensor):
@@ -49,17 +60,16 @@ def per_value(
             expected="This variant evaluates its map once per value, and values carry no gradient.",
             fix="coeff = coeff.detach()",
         )
-    values = coeff.unique().tolist()
+    values = distinct(coeff) if values is None else values
     if len(values) > MOST_VALUES:
         raise LoraLiteError(
             f"The coefficient tensor holds {len(values)} distinct values.",
-            expected=f"This variant evaluates its map once per value and takes at most {MOST_VALUES}.",
+            expected=f"This variant evaluates its map once per value and takes at most {MOST_VALUES} beside 0.",
             fix="coeff = (coeff * 8).round() / 8",
         )
     out = torch.zeros_like(z) if at_zero is None else at_zero
     for value in values:
-        if value != 0:
-            out = torch.where(coeff == value, change(value, z), out)
+        out = torch.where(coeff == value, change(value, z), out)
     return out
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .errors import LoraLiteError, LoraLiteWarning, closest
+from .linalg import distinct
 from .targets import Layer, plain, unwrapped
 
 ATTACH = "ll.attach(model, ll.config(variant))  # variant: one of ll.names()"
@@ -102,24 +103,30 @@ class Scaling:
     """A coefficient set on adapters; leaving it as a context manager puts the old ones back."""
 
     def __init__(self, chosen: list[Adapter], coeff: float | Tensor):
-        self.coeff, self.before = coeff, [(adapter, adapter.coeff) for adapter in chosen]
+        self.coeff, self.values = coeff, None
+        if isinstance(coeff, Tensor) and not coeff.requires_grad:
+            self.coeff = coeff.clone()  # what the caller writes into it later would not be among the values
+            self.values = distinct(coeff)
+        self.before = [(adapter, adapter.coeff, adapter.values) for adapter in chosen]
         self.__enter__()
 
     def __enter__(self) -> "Scaling":
-        for adapter, _ in self.before:
-            adapter.coeff = self.coeff
+        for adapter, *_ in self.before:
+            adapter.take(self.coeff)
+            adapter.values = self.values
         return self
 
     def __exit__(self, *error: object) -> None:
-        for adapter, coeff in self.before:
-            adapter.coeff = coeff
+        for adapter, coeff, values in self.before:
+            adapter.take(coeff)
+            adapter.values = values
 
 
 def scale(model: nn.Module, coeff: float | Tensor, *, name: str | None = None) -> Scaling:
     """Set the runtime coefficient of adapter `name`, or of all, at once: 1 is the trained adapter, 0 the base model.
 
     coeff  a number, or a tensor aligned with the leading axes of the activations: (batch,) one value per sample,
-           (batch, time) one per token
+           (batch, time) one per token. It is copied, unless it requires a gradient
     `with ll.scale(model, 0.5): ...` puts the old coefficients back on leaving. Under gradient checkpointing call backward
     inside the block: the recomputation runs with the coefficient of its own time.
     Raises LoraLiteError for a coefficient that is neither, or not finite, for a merged adapter and for a model without one.

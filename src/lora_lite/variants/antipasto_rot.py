@@ -45,7 +45,7 @@ class AntiPaSTORot(OutputSubspace):
         return {"d": d, **thetas, "sigma": ParamSpec((cfg.r,), trainable=False)}
 
     def core(self, h: Float[Tensor, "... r"]) -> Float[Tensor, "... r"]:
-        return per_value(self.coeff, h, self.at)
+        return per_value(self.coeff, h, self.at, values=self.values)
 
     def at(self, c: float, h: Float[Tensor, "... r"]) -> Float[Tensor, "... r"]:
         b, angle, sigma = self.cfg.block_size, self.cfg.max_angle, floored(self.sigma)

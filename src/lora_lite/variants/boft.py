@@ -62,7 +62,7 @@ class BOFT(Adapter):
 
     def forward_input(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
         for f in reversed(range(self.cfg.n_factors)):
-            x = x + per_value(self.coeff, x, partial(self.turned, f))
+            x = x + per_value(self.coeff, x, partial(self.turned, f), values=self.values)
         return x
 
     def turned(self, f: int, c: float, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:

@@ -51,4 +51,4 @@ class OFT(Adapter):
 
     def forward_input(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
         X = skew(self.q, self.d_in // len(self.q))
-        return per_value(self.coeff, x, lambda c, z: block_turn(z, cayley_shift(c * X)), at_zero=x)
+        return per_value(self.coeff, x, lambda c, z: block_turn(z, cayley_shift(c * X)), at_zero=x, values=self.values)
