@@ -32,10 +32,13 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Te
     return lin((lin(x, A) * scale).to(x.dtype), B)
 
 
-def distinct(coeff: Tensor) -> Tensor:
-    """The values (k,) other than 0 of a coefficient tensor, in float64 on the CPU: each multiplies as a Python number does."""
+def distinct(coeff: Tensor) -> Tensor | None:
+    """The values (k,) other than 0 of a coefficient tensor, in float64 on the CPU: each multiplies as a Python number does.
+
+    None where there are more than 16 values.
+    """
     values = coeff.detach().unique().cpu().double()
-    return values[values != 0]
+    return values[values != 0] if len(values) <= MOST_VALUES else None
 
 
 def per_value(
@@ -61,10 +64,10 @@ def per_value(
             fix="coeff = coeff.detach()",
         )
     values = distinct(coeff) if values is None else values
-    if len(values) > MOST_VALUES:
+    if values is None:
         raise LoraLiteError(
-            f"The coefficient tensor holds {len(values)} distinct values.",
-            expected=f"This variant evaluates its map once per value and takes at most {MOST_VALUES} beside 0.",
+            f"The coefficient tensor holds {len(coeff.unique())} distinct values.",
+            expected=f"This variant evaluates its map once per value and takes at most {MOST_VALUES}.",
             fix="coeff = (coeff * 8).round() / 8",
         )
     out = torch.zeros_like(z) if at_zero is None else at_zero

@@ -169,6 +169,6 @@ def angles(cfg: Any) -> ParamSpec:
     return ParamSpec((cfg.r // b, b * (b - 1) // 2), identity=0, decay=True)
 
 
-def rotation(theta: Float[Parameter, "n m"], c: float, b: int, max_angle: float | None) -> Float[Tensor, "n b b"]:
+def rotation(theta: Float[Parameter, "n m"], c: float | Tensor, b: int, max_angle: float | None) -> Float[Tensor, "n b b"]:
     """R - I of the Cayley rotations of c X, X = skew(theta) / 2 bounded: for b = 2 an angle of 2 arctan(c theta / 2)."""
     return cayley_shift(c * bounded(skew(theta, b) / 2, max_angle))

@@ -47,7 +47,7 @@ class AntiPaSTORot(OutputSubspace):
     def core(self, h: Float[Tensor, "... r"]) -> Float[Tensor, "... r"]:
         return per_value(self.coeff, h, self.at, values=self.values)
 
-    def at(self, c: float, h: Float[Tensor, "... r"]) -> Float[Tensor, "... r"]:
+    def at(self, c: float | Tensor, h: Float[Tensor, "... r"]) -> Float[Tensor, "... r"]:
         b, angle, sigma = self.cfg.block_size, self.cfg.max_angle, floored(self.sigma)
         p = h / sigma
         turned = 0 * p if self.cfg.rotate == "U" else block_product(p, rotation(self.theta_v, c, b, angle).mT)

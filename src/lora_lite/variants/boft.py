@@ -65,7 +65,7 @@ class BOFT(Adapter):
             x = x + per_value(self.coeff, x, partial(self.turned, f), values=self.values)
         return x
 
-    def turned(self, f: int, c: float, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
+    def turned(self, f: int, c: float | Tensor, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
         """x P_f (D_f - I) P_f^T."""
         N = cayley_shift(c * skew(self.q[f], self.cfg.block_size))
         if f == 0:
