@@ -5,7 +5,15 @@ import torch
 
 from lora_lite import linalg
 from lora_lite.errors import LoraLiteWarning
-from lora_lite.linalg import left_svd, orth, subspace_iteration, top_eigenvectors
+from lora_lite.linalg import (
+    gram,
+    leading_eigenpairs,
+    left_svd,
+    nearly_all,
+    orth,
+    positive_definite,
+    top_eigenvectors,
+)
 from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 
@@ -141,32 +149,69 @@ def test_smallest_ignores_the_fast_method():
 # --- fast -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(160, 240), (240, 160)])
+def captured(U, M):
+    """|U^T M|^2 over the largest that as many orthonormal directions can have."""
+    U, M = U.double(), M.double()
+    return float((U.T @ M).square().sum() / torch.linalg.svdvals(M)[: U.shape[1]].square().sum())
+
+
+@pytest.mark.parametrize("shape", [(320, 400), (400, 320)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("spectrum", ["power", "outliers", "exponential"])
-def test_fast_reaches_its_tolerance_where_the_spectrum_falls(spectrum, dtype, shape, monkeypatch):
-    k = torch.arange(1, 161, dtype=torch.float64)
+@pytest.mark.parametrize("spectrum", ["power", "outliers", "exponential", "flat"])
+def test_fast_captures_what_its_tolerance_says(spectrum, dtype, shape, monkeypatch):
+    k = torch.arange(1, 321, dtype=torch.float64)
     values = {
         "power": k**-0.7,
-        "outliers": torch.cat([torch.tensor([50.0, 20.0]), k[:158] ** -0.7]),
+        "outliers": torch.cat([torch.tensor([50.0, 20.0]), k[:318] ** -0.7]),
         "exponential": torch.exp(-k / 20),
     }
-    M = matrix(values[spectrum], shape).to(dtype)
+    M = flat(*shape, dtype=dtype) if spectrum == "flat" else matrix(values[spectrum], shape).to(dtype)
+    exact = left_svd(M, 8)
     monkeypatch.setattr(linalg, "exact_left_svd", None)
-    U, S = left_svd(M, 10, "fast")
-    wanted, exact, _ = torch.linalg.svd(M.double())
-    assert U.dtype is S.dtype is dtype
-    check_orthonormal(U, 1e-5)
-    assert apart(U, wanted[:, :10]) < 2e-3
-    assert float((S / exact[:10] - 1).abs().max()) < 1e-5
-    assert bool((S.diff() <= 0).all())
-    V = (U.double().T @ M.double() / S.double()[:, None]).T
-    assert float(((M.double() @ V - U.double() * S.double()).norm(dim=0) / S.double()).max()) < 1.1e-3
+    for tol in (1e-2, 1e-3):
+        U, S = left_svd(M, 8, "fast", tol=tol)
+        assert U.dtype is S.dtype is dtype
+        check_orthonormal(U, 1e-5)
+        assert 1 - tol < captured(U, M) < 1 + 1e-5
+        assert bool((S.diff() <= 0).all())
+        assert float((S / exact[1] - 1).abs().max()) < 10 * tol
+        G, V, q = M.double() @ M.double().T, U.double(), S.double().square()
+        assert float(((G @ V - V * q).norm(dim=0) / q).max()) < tol**0.5
 
 
-def test_fast_is_refused_on_a_flat_spectrum_and_the_exact_one_taken():
+def test_fast_finds_directions_that_its_start_misses(monkeypatch):
+    """The start is orthogonal to the leading direction: only rounding would bring it in, the proof must not pass without it."""
+    n, r = 256, 4
+    start = torch.linalg.qr(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)).double())
+    u = torch.linalg.qr(torch.cat([start.Q, toy.inputs(n, 1, dtype=torch.float64)], dim=1)).Q[:, -1]
+    rest = matrix(torch.arange(n, 0, -1, dtype=torch.float64)[:n] / n, (n, n))
+    rest -= torch.outer(u, u @ rest)
+    M = rest + 3 * torch.outer(u, torch.ones(n, dtype=torch.float64) / n**0.5)
+    G = M @ M.T
+    blind = torch.linalg.eigh(rest @ rest.T)
+    V, q = blind.eigenvectors[:, -r:].flip(1), blind.eigenvalues[-r:].flip(0)
+    assert captured(V, M) < 0.5
+    assert not nearly_all(G, V, q, 1e-3)
+    U, _ = left_svd(M, r, "fast")
+    assert captured(U, M) > 0.999
+
+
+@pytest.mark.parametrize("tol", [1e-1, 1e-3, 1e-6])
+def test_proof_holds_for_what_captures_enough_and_for_nothing_else(tol):
+    G = gram(flat(200, 300, dtype=torch.float64), torch.float64)
+    values, vectors = torch.linalg.eigh(G)
+    V, q = vectors[:, -6:].flip(1), values[-6:].flip(0)
+    assert nearly_all(G, V, q, tol)
+    assert nearly_all(G, V, q / (1 + 0.4 * tol), tol)
+    assert not nearly_all(G, V, q / (1 + 1.1 * tol), tol)
+    missed = torch.cat([vectors[:, -5:].flip(1), vectors[:, :1]], dim=1)
+    assert not nearly_all(G, missed, torch.cat([q[:5], values[:1]]), tol)
+
+
+def test_fast_falls_back_where_it_proves_nothing(monkeypatch):
     M = flat(256, 2048)
-    assert subspace_iteration(M, 20, 1e-3) is None
+    monkeypatch.setattr(linalg, "nearly_all", lambda *_: False)
+    assert leading_eigenpairs(gram(M, torch.float32), 20, 1e-3, 1e-2) is None
     with pytest.warns(LoraLiteWarning, match=r"fast SVD missed tol=0\.001"):
         U, S = left_svd(M, 20, "fast")
     exact = left_svd(M, 20)
@@ -176,15 +221,16 @@ def test_fast_is_refused_on_a_flat_spectrum_and_the_exact_one_taken():
 
 def test_tolerance_decides_between_fast_and_exact():
     M = flat(256, 2048)
-    loose, _ = left_svd(M, 20, "fast", tol=1.0)
+    loose, _ = left_svd(M, 20, "fast", tol=0.1)
     assert apart(loose, left_svd(M, 20)[0]) > 1e-3
     with pytest.warns(LoraLiteWarning, match=r"missed tol=1e-12"):
-        left_svd(matrix(SPECTRA["power"], (48, 80)).float(), 4, "fast", tol=1e-12)
+        left_svd(M, 20, "fast", tol=1e-12)
 
 
-def test_fast_with_as_many_columns_as_the_matrix_is_exact():
+def test_fast_of_nearly_all_directions_is_the_exact_one():
     M = flat(30, 24, dtype=torch.float64)
-    U, S = left_svd(M, 20, "fast", tol=1e-10)
+    with pytest.warns(LoraLiteWarning, match="missed"):
+        U, S = left_svd(M, 20, "fast", tol=1e-10)
     wanted, values, _ = torch.linalg.svd(M)
     assert apart(U, wanted[:, :20]) < 1e-10
     assert error(S, values[:20]) < 1e-12
@@ -204,12 +250,74 @@ def test_fast_draws_nothing_from_the_global_generator_and_repeats_itself():
     [((2049, 2049), 128, True), ((2049, 2049), 129, False), ((2048, 4096), 8, False), ((4096, 2049), 128, True)],
 )
 def test_auto_is_fast_only_for_few_directions_of_large_matrices(shape, r, fast, monkeypatch):
-    monkeypatch.setattr(linalg, "subspace_iteration", lambda M, r, tol: ("fast", tol))
+    monkeypatch.setattr(linalg, "fast_left_svd", lambda M, r, tol: ("fast", tol))
     monkeypatch.setattr(linalg, "exact_left_svd", lambda M, r, smallest: ("exact", smallest))
     M = torch.empty(shape, device="meta")
     assert left_svd(M, r, "auto", tol=0.5) == (("fast", 0.5) if fast else ("exact", False))
     assert left_svd(M, r, "auto", smallest=True) == ("exact", True)
     assert left_svd(M, r) == ("exact", False)
+
+
+# --- few directions of a large matrix -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(768, 900), (900, 768)])
+@pytest.mark.parametrize("spectrum", ["flat", "outliers", "repeated", "deficient"])
+def test_few_directions_of_a_large_matrix_are_those_of_the_svd(spectrum, shape, monkeypatch):
+    k = torch.arange(1, 769, dtype=torch.float64)
+    values = {
+        "outliers": torch.cat([torch.tensor([5e3, 2e3]).double(), k[:766] ** -0.3]),
+        "repeated": torch.where(k <= 40, 1.0, 0.5 / k),
+        "deficient": torch.where(k <= 20, 1 / k, 0.0),
+    }
+    M = flat(*shape, dtype=torch.float64) if spectrum == "flat" else matrix(values[spectrum], shape)
+    wanted, values, _ = torch.linalg.svd(M, full_matrices=False)
+    original, sizes = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda G: sizes.append(len(G)) or original(G))
+    U, S = left_svd(M, 12)
+    assert max(sizes) < 768
+    check_orthonormal(U, 1e-10)
+    assert 1 - captured(U, M) < 1e-12
+    assert float((S / values[:12] - 1).abs().max()) < 1e-9
+    if spectrum != "repeated":
+        assert apart(U, wanted[:, :12]) < 1e-4
+
+
+def test_large_matrix_that_lacks_directions_falls_back_to_all_eigenvectors():
+    M = matrix(torch.where(torch.arange(768) < 4, 1.0, 0.0).double(), (768, 800))
+    U, S = left_svd(M, 12)
+    check_orthonormal(U, 1e-6)
+    assert error(S[:4], torch.ones(4)) < 1e-9
+    assert float(S[4:].max()) < 1e-6
+
+
+@pytest.mark.parametrize(("shape", "side"), [((300, 900), 300), ((900, 300), 300), ((300, 300), 300)])
+@pytest.mark.parametrize("method", ["exact", "fast"])
+def test_shorter_side_is_decomposed(method, shape, side, monkeypatch):
+    sizes, original = [], linalg.gram
+    monkeypatch.setattr(linalg, "gram", lambda M, dtype: sizes.append(len(M)) or original(M, dtype))
+    left_svd(flat(*shape), 4, method)
+    assert sizes == [side]
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (127, 20), (128, 300), (129, 2049), (300, 2500)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_is_the_product(shape, dtype):
+    M = flat(*shape)
+    G = gram(M, dtype)
+    assert G.dtype is dtype
+    assert error(G, G.T) < 1e-6
+    assert error(G, M.double() @ M.double().T) < (1e-6 if dtype is torch.float32 else 1e-13)
+    assert error(gram(M.T, dtype), M.double().T @ M.double()) < (1e-6 if dtype is torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 300])
+def test_positive_definite_is_what_the_smallest_eigenvalue_says(n):
+    G = gram(flat(n, n + 50, dtype=torch.float64), torch.float64)
+    eye = torch.eye(n, dtype=torch.float64)
+    least = torch.linalg.eigvalsh(G)[0]
+    assert positive_definite(G - (1 - 1e-9) * least * eye)
+    assert not positive_definite(G - (1 + 1e-9) * least * eye)
 
 
 # --- eigenvectors and orthonormal bases -------------------------------------------------------------------------------

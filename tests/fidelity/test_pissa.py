@@ -107,18 +107,14 @@ def test_fast_svd_agrees_with_the_exact_one_where_the_spectrum_falls():
     assert error(fast.B0 @ fast.A0, exact.B0 @ exact.A0) < 1e-3
 
 
-def test_fast_svd_meets_its_residual_and_a_missed_one_is_reported_and_replaced():
+def test_fast_svd_captures_its_share_and_a_missed_one_is_reported_and_replaced():
     W = spectrum(96, 80, torch.arange(1.0, 81.0) ** -0.7)
-    U, S = linalg.left_svd(W, 8, "fast", tol=1e-3)
-    V = (U / S).T @ W
-    assert ((W @ V.T - U * S).norm(dim=0) / S).max() < 2e-3
+    U, _ = linalg.left_svd(W, 8, "fast", tol=1e-3)
+    assert 1 - 1e-3 < (U.T @ W).square().sum() / torch.linalg.svdvals(W)[:8].square().sum() < 1 + 1e-12
     exact = started(ll.PiSSAConfig(r=8, svd="exact", dtype=torch.float64), W)[1]
     with pytest.warns(ll.LoraLiteWarning, match=r"fast SVD missed tol=1e-15"):
         strict = started(ll.PiSSAConfig(r=8, svd="fast", tol=1e-15, dtype=torch.float64), W)[1]
     assert torch.equal(strict.A0, exact.A0)
-    flat = spectrum(96, 80, 1 - 1e-4 * torch.arange(80.0))
-    with pytest.warns(ll.LoraLiteWarning, match=r"fast SVD missed tol=0.001"):
-        started(ll.PiSSAConfig(r=8, svd="fast", dtype=torch.float64), flat)
 
 
 def test_auto_is_exact_for_small_layers_and_fast_for_low_ranks_of_large_ones():
