@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 import lora_lite as ll
+from lora_lite.io import WHOLE_BELOW, fingerprint
 from lora_lite.testing import toy
 from lora_lite.testing.checks import demand_same, photograph
 from tests.test_messages import refusal
@@ -138,8 +139,6 @@ def test_another_base_names_the_layers(saved):
 
 
 def test_large_weights_are_compared_by_a_sample_that_sees_every_training_step():
-    from lora_lite.io import WHOLE_BELOW, fingerprint
-
     layer = torch.nn.Linear(1024, 1024)
     assert layer.weight.numel() > WHOLE_BELOW
     before = fingerprint(layer)
@@ -147,6 +146,40 @@ def test_large_weights_are_compared_by_a_sample_that_sees_every_training_step():
     with torch.no_grad():
         layer.weight.add_(1e-4)
     assert fingerprint(layer) != before
+
+
+def counted(rows: int = 512, columns: int = 640) -> torch.nn.Linear:
+    """A layer too large to be hashed entirely, with the numbers 0, 1, 2, ..."""
+    layer = torch.nn.Linear(columns, rows)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(float(rows * columns)).view(rows, columns))
+    return layer
+
+
+def test_fingerprints_of_large_weights_are_those_of_earlier_releases():
+    assert fingerprint(counted(), version=1)["sha256"] == "9ab77def5fa1af8ac2112805dde64e04"
+    assert fingerprint(counted(), version=2)["sha256"] == "f17d33450d315756c0a21cc2b2d8778b"
+
+
+def test_sample_of_a_large_weight_has_a_number_of_every_row():
+    layer = counted(4096, 96)
+    before = fingerprint(layer)
+    for row in (0, 1, 2049, 4095):
+        with torch.no_grad():
+            layer.weight[row] += 0.5
+        assert fingerprint(layer) != before
+        before = fingerprint(layer)
+
+
+def test_file_of_version_1_is_compared_by_its_own_sample(tmp_path):
+    path, cfg = tmp_path / "a.safetensors", ll.config("lora", r=2)
+    ll.save(ll.attach(torch.nn.Sequential(counted()), cfg).model, path)
+    rewrite(path, version="1", base=json.dumps({"0": fingerprint(counted(), version=1)}))
+    ll.load(torch.nn.Sequential(counted()), path)
+    other = torch.nn.Sequential(counted())
+    with torch.no_grad():
+        other[0].weight.mul_(1.001)
+    refusal(lambda: ll.load(other, path), "another base", "0 (content)", model=other)
 
 
 def test_another_architecture(saved):

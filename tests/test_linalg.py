@@ -74,6 +74,15 @@ def test_without_bias():
 # --- one map per coefficient ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_is_finite_finds_one_bad_number_and_is_not_misled_by_a_sum_that_overflows(dtype):
+    most = torch.finfo(dtype).max
+    for last, wanted in ((most, True), (torch.nan, False), (torch.inf, False), (-torch.inf, False)):
+        assert linalg.is_finite(torch.tensor([most, most, 0.0, last], dtype=dtype)) is wanted
+    assert not linalg.is_finite(torch.tensor([torch.inf, -torch.inf], dtype=dtype))
+    assert linalg.is_finite(torch.zeros(0, dtype=dtype))
+
+
 def test_per_value_hands_a_float_through():
     z = random(3, 4)
     assert torch.equal(linalg.per_value(0.5, z, lambda c, z: c * c * z), 0.25 * z)

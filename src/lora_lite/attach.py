@@ -15,6 +15,7 @@ from .adapter import Adapter, Group
 from .calibrate import LABELS, Stats, Weights
 from .config import AdapterConfig
 from .errors import LoraLiteError, some
+from .linalg import is_finite
 from .measure import measure
 from .registry import variant_of
 from .spec import seeded
@@ -212,7 +213,7 @@ def refuse_name(model: nn.Module, targets: dict[str, Layer], name: str) -> None:
 def refuse_non_finite(adapters: dict[str, Adapter]) -> None:
     for path, adapter in adapters.items():
         for key, tensor in adapter.state_dict().items():
-            if not tensor.isfinite().all():
+            if not is_finite(tensor):
                 raise LoraLiteError(f"{path}.{key} is not finite after init.", expected="A finite base weight and finite data.")
 
 

@@ -23,26 +23,34 @@ from . import registry, runtime, shared
 from .adapter import Adapter
 from .attach import Attached, build_all, handle, install, refuse_name, refuse_unready
 from .errors import LoraLiteError, LoraLiteWarning, some
+from .linalg import is_finite
 from .targets import Layer, is_linear, unwrapped
 
 FORMAT = "lora_lite"
 HEADER = ("version", "variant", "config", "name", "layers", "base", "versions")
-VERSION = 1
+VERSION = 2
 WHOLE_BELOW = 2**18  # numbers of a weight that are hashed entirely
-SAMPLE = 2**14  # numbers, evenly spaced, that are hashed of a larger one
+SAMPLE = 2**12  # numbers, evenly spaced, that are hashed at most of a larger one; each is a miss of the cache
 
 
-def fingerprint(layer: Layer) -> dict[str, Any]:
-    """Shape, dtype and a hash of the stored weight: of all of it up to 2^18 numbers, of 2^14 evenly spaced ones above."""
+def fingerprint(layer: Layer, version: int = VERSION) -> dict[str, Any]:
+    """Shape, dtype and a hash of the stored weight: of all of it up to 2^18 numbers, of every n-th one above, at most 2^12.
+
+    A training step moves them all, and with up to 2^12 rows every row has one. Files of version 1 hold the hash of 2^14.
+    """
     weight = layer.weight.detach()
     flat = weight.reshape(-1)
     if flat.numel() > WHOLE_BELOW:
-        flat = flat[torch.linspace(0, flat.numel() - 1, SAMPLE, dtype=torch.float64).long().to(flat.device)]
+        flat = flat[:: -(-flat.numel() // SAMPLE)] if version > 1 else flat[sample_of_version_1(flat)]
     return {
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "sha256": digest(flat),
     }
+
+
+def sample_of_version_1(flat: Tensor) -> Tensor:
+    return torch.linspace(0, flat.numel() - 1, 2**14, dtype=torch.float64).long().to(flat.device)
 
 
 def digest(tensor: Tensor) -> str:
@@ -226,7 +234,7 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None, strict_
     targets = layers_of(model, path, json.loads(header["layers"]))
     refuse_name(model, targets, name)
     if strict_base:
-        refuse_other_base(path, targets, json.loads(header["base"]))
+        refuse_other_base(path, targets, json.loads(header["base"]), int(header["version"]))
     adapters = build_all(cls, targets, cfg)
     restore(path, adapters, tensors, redrawn(path, adapters, cfg.seed, json.loads(header.get("drawn", "{}"))))
     install(unwrapped(model), targets, adapters, name, cfg)
@@ -245,10 +253,10 @@ def layers_of(model: nn.Module, path: str | Path, wanted: list[str]) -> dict[str
     return {p: cast(Layer, modules[p]) for p in wanted}
 
 
-def refuse_other_base(path: str | Path, targets: dict[str, Layer], saved: dict[str, Any]) -> None:
+def refuse_other_base(path: str | Path, targets: dict[str, Layer], saved: dict[str, Any], version: int) -> None:
     different = []
     for layer_path, layer in targets.items():
-        here = fingerprint(layer)
+        here = fingerprint(layer, version)
         for field in ("shape", "dtype", "sha256"):
             if here[field] != saved[layer_path][field]:
                 what = "content" if field == "sha256" else f"{field} {here[field]}, saved {saved[layer_path][field]}"
@@ -293,7 +301,7 @@ def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, T
     problems += [
         f"{key} is {str(tensor.dtype).removeprefix('torch.')}" if not tensor.is_floating_point() else f"{key} is not finite"
         for key, tensor in tensors.items()
-        if key in places and not (tensor.is_floating_point() and tensor.isfinite().all())
+        if key in places and not (tensor.is_floating_point() and is_finite(tensor))
     ]
     if problems:
         raise LoraLiteError(

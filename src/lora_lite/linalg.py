@@ -34,6 +34,11 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Te
     return lin((lin(x, A) * scale).to(x.dtype), B)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every number is: one pass, as a sum is finite only if all are; a sum that overflows is looked at again."""
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
 def distinct(coeff: Tensor) -> Tensor | None:
     """The values (k,) other than 0 of a coefficient tensor, in float64 on the CPU: each multiplies as a Python number does.
 

@@ -32,12 +32,9 @@ def adapters(model: nn.Module, name: str | None = None) -> list[Found]:
 
     Raises LoraLiteError for a name that no adapter has.
     """
-    found = [
-        Found(plain(path), cast(Layer, layer), child_name, child)
-        for path, layer in unwrapped(model).named_modules()
-        for child_name, child in layer.named_children()
-        if isinstance(child, Adapter)
-    ]
+    modules = dict(unwrapped(model).named_modules())
+    places = [(*path.rpartition(".")[::2], child) for path, child in modules.items() if isinstance(child, Adapter)]
+    found = [Found(plain(path), cast(Layer, modules[path]), child_name, child) for path, child_name, child in places]
     if name is None:
         return found
     names = {f.name for f in found}
