@@ -464,3 +464,47 @@ def test_too_few_tokens_are_refused_by_number():
         require_tokens(got, "o_proj", 7, "r directions")
     with pytest.raises(ll.LoraLiteError, match="o_proj: 2 calibration"):
         require_tokens(got, "o_proj", 3, "r directions", name="n/last")
+
+
+# --- one of two moments ---------------------------------------------------------------------------------------------------
+
+
+class Sides(torch.nn.Module):
+    """Wider, narrower and square layers on one input, then a narrower and a wider one on inputs of their own."""
+
+    def __init__(self, first="up"):
+        super().__init__()
+        self.order = sorted(("up", "down", "square"), key=lambda name: name != first)
+        for name, sizes in {"up": (24, 32), "down": (24, 16), "square": (24, 24), "alone": (72, 24), "last": (24, 30)}.items():
+            self.add_module(name, torch.nn.Linear(*sizes))
+
+    def forward(self, x, attention_mask=None):
+        outputs = {name: getattr(self, name)(x) for name in self.order}
+        return self.last(self.alone(torch.cat([outputs["up"], outputs["down"], outputs["square"]], dim=-1)))
+
+
+@pytest.mark.parametrize("first", ["up", "down", "square"])
+@pytest.mark.parametrize("second", ["y_moment", "yx_moment"])
+def test_the_cheaper_moment_is_measured_and_held_once_per_input(second, first):
+    model, name = toy.seeded(lambda: Sides(first)).double(), f"x_moment|{second}"
+    paths = ("up", "down", "square", "alone", "last")
+    of = {path: getattr(model, path) for path in paths}
+    data = toy.batches(dtype=torch.float64)
+    got = measure(model, of, (name, "x_moment", second), data)
+    by_outputs = {"alone", *(("down",) if first == "down" else ())}
+    for path in paths:
+        assert error(got[name][path], got[second if path in by_outputs else "x_moment"][path]) < EXACT
+    sharing = {"up", "square", "down"} - by_outputs
+    assert len({id(got[name][path]) for path in sharing}) == 1
+    assert len({id(moment) for moment in got[name].values()}) == (4 if first == "down" else 3)
+
+
+def test_the_cheaper_moment_is_formed_once_per_input_and_batch(monkeypatch):
+    from lora_lite import calibrate
+
+    shapes, original = [], calibrate.STATISTICS["x_moment"]
+    monkeypatch.setitem(calibrate.STATISTICS, "x_moment", lambda x, y: shapes.append(x.shape[1]) or original(x, y))
+    model = toy.seeded(Sides)
+    of = {path: getattr(model, path) for path in ("up", "down", "square", "alone", "last")}
+    measure(model, of, ("x_moment|yx_moment",), toy.batches(count=3))
+    assert shapes == [24, 24] * 3

@@ -7,7 +7,7 @@ select      those left singular vectors of W that score best on the data, in des
 """
 
 from .annotations import Any, Float, Tensor
-from .calibrate import LABELS, Stats, require_tokens
+from .calibrate import EITHER, LABELS, Stats, require_tokens
 from .errors import LoraLiteError
 from .linalg import left_svd
 from .orientation import oriented_left_svd, required
@@ -52,11 +52,17 @@ def scores(cfg: Any, stats: Stats, path: str, U: Float[Tensor, "o k"]) -> Float[
     return ((stats["y_moment"][path].to(U) @ U) * U).sum(0).clamp(min=0).sqrt()
 
 
-def output_moment(stats: Stats, path: str, W: Float[Tensor, "o i"]) -> Tensor | None:
-    """sum (y - b)(y - b)^T where the statistics give it: measured, or as sum (y - b) x^T W^T."""
-    if "yx_moment" in stats and "y_moment" not in stats:
-        return stats["yx_moment"][path].to(W) @ W.T
-    return stats["y_moment"][path].to(W) if "y_moment" in stats else None
+def capture(stats: Stats, path: str, W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> float | None:
+    """The share of sum |y - b|^2 that lies in span(U), where the statistics give it."""
+    name = next((name for name in ("y_moment", *EITHER) if name in stats), None)
+    if name is None:
+        return None
+    M, P = stats[name][path].to(W), U.T @ W
+    if M.shape == (W.shape[1], W.shape[1]) and name != "y_moment":  # sum x x^T
+        return float(((P @ M) * P).sum() / ((W @ M) * W).sum())
+    if M.shape == W.shape:  # sum (y - b) x^T
+        return float(((U.T @ M) * P).sum() / (M * W).sum())
+    return float(((M @ U) * U).sum() / M.trace())
 
 
 def contrast_names(cfg: Any) -> tuple[str, ...]:

@@ -17,6 +17,9 @@ A statistic is a sum over kept tokens, accumulated in float64 from float32 (or b
                A loss that counts what padding predicts, as the model's own does of labels behind padding on the left, is
                taken without that: padding's rows are left out, and no kept token sees them
 
+    x_moment|yx_moment, x_moment|y_moment   the first for layers with i <= o and for those that share the input of such a layer,
+               the second for the others: W and the first give the second, and layers that share an input hold it once
+
 `NAME/last` sums over the last kept token of each row only; `NAME/labels` over those whose label is not -100, where batches
 have labels; `NAME/call` after x and y - b of each call were divided by |max x|, so that calls count alike whatever their scale;
 `NAME:positive` and `NAME:negative` over the batches of that label, for data given as {"positive": batches, "negative":
@@ -49,6 +52,9 @@ STATISTICS: dict[str, Any] = {
 }
 
 
+EITHER = ("x_moment|yx_moment", "x_moment|y_moment")
+
+
 class Weights(Mapping[str, Tensor]):
     """{path: float32 copy of the weight (d_out, d_in)}, made when asked for."""
 
@@ -69,30 +75,39 @@ Stats = Mapping[str, Mapping[str, Tensor]]
 
 
 class Request(NamedTuple):
-    """A statistic's name in parts; of_input: it does not depend on y."""
+    """A statistic's name in parts; of_input: it does not depend on y.
+
+    narrow: what is taken instead at layers with fewer outputs than inputs, unless one that shares the input holds this.
+    """
 
     statistic: str
     value: Callable[[Tensor, Tensor], Tensor] | None  # of one call's kept rows; None: comes with the backward pass
     position: str
     label: str | None
     of_input: bool
+    narrow: "Request | None" = None
 
 
-NAME = re.compile(r"(?P<statistic>\w+)(?:\[(?P<q>\d+),(?P<m>\d+)\])?(?:/(?P<position>last|labels|call))?(?::(?P<label>\w+))?")
+NAME = re.compile(
+    r"(?P<statistic>[\w|]+)(?:\[(?P<q>\d+),(?P<m>\d+)\])?(?:/(?P<position>last|labels|call))?(?::(?P<label>\w+))?"
+)
 
 
 def parse(name: str) -> Request:
     """The parts of a name. Raises LoraLiteError for a statistic that does not exist."""
     found = NAME.fullmatch(name)
     statistic, q, m, position, label = found.groups() if found else (name.partition("/")[0], None, None, None, None)
-    known = statistic in STATISTICS and q is None
+    known = statistic in (*STATISTICS, *EITHER) and q is None
     known |= (statistic == "x_sketch" and q is not None) or (statistic == "wgrad" and q is None and position is None)
     if found is None or not known or label not in (None, *LABELS):
         raise LoraLiteError(
             f"There is no statistic {name!r}.",
             expected="<statistic>[/last|/labels|/call][:positive|:negative], and wgrad without a position.",
-            found=closest(statistic, (*STATISTICS, "x_sketch[q,m]", "wgrad")),
+            found=closest(statistic, (*STATISTICS, *EITHER, "x_sketch[q,m]", "wgrad")),
         )
+    if statistic in EITHER:
+        wide, narrow = (parse(name.replace(statistic, part)) for part in statistic.split("|"))
+        return wide._replace(narrow=narrow)
     value = STATISTICS.get(statistic)
     if q is not None and m is not None:
         value = functools.partial(sketch, q=int(q), whole=int(m))

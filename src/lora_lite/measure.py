@@ -81,6 +81,8 @@ class Recorder:
         self.requests = requests
         self.sums: dict[str, dict[str, Tensor]] = {name: {} for name in requests}
         self.leaders: dict[str, str] = {}  # path -> the first layer that receives the same tensor
+        self.wide: dict[str, str] = {}  # leader -> the first layer with its input that has i <= o
+        self.holders: dict[str, str | None] = {}  # path -> that layer, None: there was none up to this one
         self.seen: Counter[str] = Counter()  # calls, with and without kept tokens
         self.label: str | None = None
         self.again = False  # calls are those of the backward pass, which checkpointing repeats
@@ -112,11 +114,16 @@ class Recorder:
     def observe(self, path: str, layer: Layer, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         """Forward hook of one layer; for wgrad it returns the output that carries the gradient."""
         x = args[0] if args else next(iter(kwargs.values()))
-        follows = not self.again and self.leader(path, x) != path
+        if not self.again:
+            leader = self.leader(path, x)
+            if x.shape[-1] <= y.shape[-1]:
+                self.wide.setdefault(leader, path)
+            self.holders.setdefault(path, self.wide.get(leader))
         kept: dict[str, tuple[Tensor, Tensor]] = {}
         out = y
         for name, request in self.requests.items():
-            if (request.label is not None and request.label != self.label) or (follows and request.of_input):
+            request = self.at(path, request)
+            if (request.label is not None and request.label != self.label) or self.holder(path, request) != path:
                 continue
             if self.again and request.value is not None:  # a gradient may come with the repeated call alone
                 continue
@@ -128,6 +135,16 @@ class Recorder:
             else:
                 out = self.with_gradient(name, path, kept[request.position][0], x.shape, out)
         return None if out is y else out
+
+    def at(self, path: str, request: Request) -> Request:
+        """The request as it is met at this layer."""
+        return request if request.narrow is None or self.holders[path] is not None else request.narrow
+
+    def holder(self, path: str, request: Request) -> str:
+        """The layer that holds this sum for `path`: of an input the first that received it."""
+        if not request.of_input:
+            return path
+        return (self.leaders[path] if request.narrow is None else self.holders[path]) or path
 
     def rows(self, path: str, layer: Layer, x: Tensor, y: Tensor, position: str) -> tuple[Tensor, Tensor]:
         """x and y - b of the tokens that count, (n, i) and (n, o), in float32 or better."""
@@ -168,7 +185,7 @@ class Recorder:
 
     def add(self, name: str, path: str, value: Tensor) -> None:
         sums = self.sums[name]
-        sums[path] = sums[path] + value.double() if path in sums else value.double()
+        sums[path] = sums[path].add_(value) if path in sums else value.double()
 
     def totals(self, layers: dict[str, Layer]) -> dict[str, dict[str, Tensor]]:
         """The sums of all layers, those that share an input with one tensor. Raises for layers without one."""
@@ -177,8 +194,8 @@ class Recorder:
                 raise unsteady(path, first)
         for name, request in self.requests.items():
             sums = self.sums[name]
-            if request.of_input:
-                sums.update({path: sums[first] for path, first in self.leaders.items() if first in sums})
+            held = {path: self.holder(path, self.at(path, request)) for path in self.leaders}
+            sums.update({path: sums[first] for path, first in held.items() if first in sums})
             silent = request.statistic == "wgrad"
             if unseen := [path for path in layers if path not in sums or (silent and not sums[path].any())]:
                 done = "had no part in the loss" if silent else "were never called"

@@ -5,6 +5,8 @@ C = E[x x^T], G = E[(y - b)(y - b)^T] = W C W^T, K = E[(y - b) x^T] = W C; dampi
     plain  M = I    singular vectors of W
     sqrt   M = C    of W C^(1/2): eigenvectors of G, S their roots; the best r directions for E|(W - B) x|^2
     full   M = C^2  of W C = K, which is what CorDA prints
+
+C is measured where a layer has i <= o, or shares its input with such a layer, and is held once there; G or K elsewhere.
 """
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from .calibrate import Stats
 from .linalg import left_svd, top_eigenvectors
 
-MOMENTS = {"sqrt": "y_moment", "full": "yx_moment"}
+MOMENTS = {"sqrt": "x_moment|y_moment", "full": "x_moment|yx_moment"}
 
 
 def required(metric: str, call_norm: bool = False) -> tuple[str, ...]:
@@ -39,19 +41,47 @@ def oriented_left_svd(
     W          (o, i), r at most its shorter side; where W has full rank, U lies in its column space
     damp       d = damp tr(C) / i
     call_norm  every call's activations divided by |max x|, the mean taken over calls instead of tokens
+    U and S are in float64 where the metric is not plain, the decomposition is that of the shorter side.
     """
     if metric == "plain":
         return left_svd(W, r, smallest=smallest)
     *_, count, trace, moment = required(metric, call_norm)
     n, trace, M = (stats[name][path].to(W.device) for name in (count, trace, moment))
-    W, M, delta = W.double(), M / n, damp * trace / n / W.shape[1]
+    o, i = W.shape
+    M, delta = M / n, float(damp * trace / n / i)
+    inputs = M.shape == (i, i)  # M is C; of a square layer always
+    if inputs:
+        M.diagonal().add_(delta)
     if metric == "full":
-        return left_svd(M + delta * W, r, smallest=smallest)
-    Q = None
-    if W.shape[0] > W.shape[1]:  # stay in its column space: the zeros that the rest adds to G would be the smallest
-        Q = torch.linalg.qr(W).Q
-        W, M = Q.T @ W, Q.T @ M @ Q
-    V, values = top_eigenvectors(M + delta * W @ W.T, len(W))
-    kept = slice(len(W) - r, None) if smallest else slice(r)
-    U = V[:, kept] if Q is None else Q @ V[:, kept]
-    return U, values[kept].clamp(min=0).sqrt()
+        # A product in the precision of W, like those of the batches that the sums consist of.
+        K = (W.double() @ M if smallest else (W @ M.to(W.dtype)).double()) if inputs else M + delta * W
+        return left_svd(K, r, smallest=smallest)
+    W = W.double()
+    if o <= i:
+        return rooted(W @ M @ W.T if inputs else M + delta * W @ W.T, r, smallest)
+    U, S = (None, None) if smallest else left_svd(W @ root(stats, moment, path, M, delta), r)
+    if U is None or S is None or not S[-1] > 1e-6 * S[0]:
+        Q = torch.linalg.qr(W).Q  # stay in the column space of W: there is nothing beside it, but that too is orthogonal
+        V, S = rooted(Q.T @ W @ M @ W.T @ Q, r, smallest)
+        U = Q @ V
+    return U, S
+
+
+def rooted(G: Tensor, r: int, smallest: bool) -> tuple[Tensor, Tensor]:
+    """The r leading (or smallest) eigenvectors of G (n, n) and the roots of their eigenvalues, descending."""
+    if not smallest:
+        U, values = top_eigenvectors(G, r)
+    else:
+        values, U = (part.flip(-1) for part in torch.linalg.eigh(G))
+        U, values = U[:, len(G) - r :], values[len(G) - r :]
+    return U, values.clamp(min=0).sqrt()
+
+
+def root(stats: Stats, moment: str, path: str, C: Tensor, delta: float) -> Tensor:
+    """R (i, i) with R R^T = C, which is stats[moment][path] over the count and damped; once for layers that share an input."""
+    known: dict[tuple[int, float], Tensor] = stats.setdefault("roots", {})  # type: ignore[attr-defined]
+    key = (id(stats[moment][path]), delta)
+    if key not in known:
+        values, Q = torch.linalg.eigh(C)
+        known[key] = Q * values.clamp(min=0).sqrt()
+    return known[key]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .annotations import Any, Float, Literal, Parameter, Tensor
-from .basis import basis, contrast, has_contrast, needed, output_moment
+from .basis import basis, capture, contrast, has_contrast, needed
 from .calibrate import Stats
 from .contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass
 from .errors import LoraLiteError
@@ -114,9 +114,9 @@ class OutputSubspace(Adapter):
         self.U.copy_(U)
         if "sigma" in self.specs():
             self.sigma.copy_((W.T @ U).norm(dim=0))
-        G = output_moment(stats, path, W)
-        if G is not None:
-            self.report["capture"] = float((U.T @ G @ U).trace() / G.trace())
+        share = capture(stats, path, W, U)
+        if share is not None:
+            self.report["capture"] = share
         if has_contrast(self.cfg, stats):
             self.report["contrast_capture"] = float((U.T @ contrast(self.cfg, stats, path, U)).norm())
 

@@ -238,9 +238,9 @@ def test_layer_with_another_rank_gets_its_own_start():
 
 
 def test_only_what_the_metric_reads_is_measured():
-    assert ll.get("corda").needs(config()) == ("n", "x_tr", "yx_moment")
-    assert ll.get("corda").needs(config(metric="sqrt")) == ("n", "x_tr", "y_moment")
-    assert ll.get("corda").needs(config(call_norm=True)) == ("n", "calls", "x_tr/call", "yx_moment/call")
+    assert ll.get("corda").needs(config()) == ("n", "x_tr", "x_moment|yx_moment")
+    assert ll.get("corda").needs(config(metric="sqrt")) == ("n", "x_tr", "x_moment|y_moment")
+    assert ll.get("corda").needs(config(call_norm=True)) == ("n", "calls", "x_tr/call", "x_moment|yx_moment/call")
 
 
 def test_errors_name_the_cause():

@@ -9,7 +9,7 @@ start     W C = U S V^T with C = E[x x^T] + d I, d = damp E|x|^2 / i (full), or 
 coeff     scales the update; -1 reverses it
 identity  exact: B A - B0 A0 = B dA + dB A0, and dA = dB = 0
 invariant rank(W' - W) <= 2r; s B0 A0 = U U^T W, whatever the split, alpha and the scale of the data
-cost      r (i + o) trained, as many frozen; 2 r (i + o) multiply-adds per token; at attach a moment of o i (sqrt: o^2) numbers
+cost      r (i + o) trained, as many frozen; 2 r (i + o) multiply-adds per token; at attach i^2 (i > o: o i or o^2) numbers
 differs   the paper replaces W by W - B0 A0, we subtract the frozen product. Means are over tokens; call_norm: over calls, each
           divided by |max x|, as in PEFT, which also doubles damp for a poor inverse. "sqrt" and "balanced" are ours
 """
@@ -19,6 +19,7 @@ import torch
 from ..annotations import Any, Literal
 from ..calibrate import require_tokens
 from ..contract import dataclass, register
+from ..linalg import lin
 from ..orientation import oriented_left_svd, required
 from ..twin import Twin, TwinConfig
 
@@ -49,12 +50,12 @@ class CorDA(Twin):
     @staticmethod
     def group_init(adapters: Any, stats: Any, cfg: Any) -> None:
         for path, a in adapters.items():
-            r, W, last = a.cfg.r, stats["weight"][path].double(), cfg.method == "kpm"
+            r, W, last = a.cfg.r, stats["weight"][path], cfg.method == "kpm"
             require_tokens(stats, path, r, "r directions")
             count = min(W.shape) if last else r  # the floor of the smallest needs the largest
             U, S = oriented_left_svd(cfg.metric, stats, path, W, count, cfg.damp, last, cfg.call_norm)
             U, S = U[:, -r:], S.clamp(min=1e-6 * S[0])[-r:]
-            P = U.T @ W
+            P = lin(W.T, U.T).T
             q = S if cfg.split == "paper" else P.norm(dim=1)
             a.A0.copy_(torch.where(q > 0, q, 1.0).rsqrt()[:, None] * P / a.s**0.5)
             a.B0.copy_(U * (q / a.s).sqrt())
