@@ -1,0 +1,59 @@
+"""What a record of benchmarks.cost_attach says, as lines of Markdown. Figures come from the record alone."""
+
+from typing import Any
+
+
+def mib(value: float) -> str:
+    return f"{value / 2**20:.0f}"
+
+
+def share(row: dict[str, Any], measure: str) -> str:
+    """Ours over PEFT's."""
+    return f"{row['ours'][measure] / row['peft'][measure]:.2f}" if "peft" in row else "-"
+
+
+def lost(row: dict[str, Any], subject: str) -> str:
+    energy = row.get(subject, {}).get("energy")
+    return "-" if energy is None else f"{max(1 - energy, 0):.0e}"
+
+
+def section(record: dict[str, Any]) -> list[str]:
+    """The part of the page on attaching."""
+    used, threads = record["settings"], record["settings"]["threads"]
+    lines = [
+        "## Attaching",
+        "",
+        f"Seconds on {threads} threads, median of {used['repeats']}, and peak memory beyond the model, each in its own "
+        f"process; {used['batches']} batches of {used['tokens']} calibration tokens where a start needs them. Lost: the share of the "
+        "largest possible |U^T M|^2 that the directions miss. The peer of a method without one is PEFT's nearest start.",
+        "",
+        "| start | model | r | s | PEFT s | ratio | MiB | PEFT MiB | ratio | lost | PEFT lost |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        ours, peft = row["ours"], row.get("peft")
+        lines.append(
+            f"| `{row['variant']}` | {row['model']} | {row['r']} | {ours['seconds']:.2f} | "
+            f"{format(peft['seconds'], '.2f') if peft else '-'} | {share(row, 'seconds')} | {mib(ours['peak_bytes'])} | "
+            f"{mib(peft['peak_bytes']) if peft else '-'} | {share(row, 'peak_bytes')} | "
+            f"{lost(row, 'ours')} | {lost(row, 'peft')} |"
+        )
+    if "growth" in record:
+        lines += ["", "Growth, one option at a time: four values, and p of the fit ~ size^p.", ""]
+        lines += ["| start | against | at | s | p | MiB | p |", "|---|---|---|---|---:|---|---:|"]
+    for row in record.get("growth", []):
+        lines.append(
+            f"| `{row['variant']}` | {row['against']} | {', '.join(map(str, row['at']))} | "
+            f"{', '.join(f'{s:.2f}' for s in row['seconds'])} | {row['seconds_exponent']:.2f} | "
+            f"{', '.join(map(mib, row['peak_bytes']))} | {row['peak_bytes_exponent']:.2f} |"
+        )
+    if "large" in record:
+        lines += ["", "Blocks of an 8B model's sizes in bfloat16: peak beyond the model over the model's size.", ""]
+        lines += ["| start | blocks | s | model MiB | MiB | ratio |", "|---|---:|---:|---:|---:|---:|"]
+    for row in record.get("large", []):
+        ours = row["ours"]
+        lines.append(
+            f"| `{row['variant']}` | {row['blocks']} | {ours['seconds']:.0f} | {mib(ours['model_bytes'])} | "
+            f"{mib(ours['peak_bytes'])} | {ours['peak_bytes'] / ours['model_bytes']:.2f} |"
+        )
+    return lines
