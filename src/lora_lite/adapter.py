@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -39,11 +39,13 @@ class Claims:
 
 @dataclass
 class Group:
-    """What the adapters of one attach share: name, config, and the requires_grad flags of the base before the first attach."""
+    """What the adapters of one attach share: name, config, the requires_grad flags of the base before the first attach, and
+    the hooks that keep quantised layers of the model trainable."""
 
     name: str
     cfg: AdapterConfig
     base_flags: dict[str, bool]
+    handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
 
 NOWHERE = Group("", AdapterConfig(), {})

@@ -17,6 +17,7 @@ from .config import AdapterConfig
 from .errors import LoraLiteError, some
 from .linalg import is_finite
 from .measure import measure
+from .quantised import is_packed, keep_trainable, refuse_without_gradient
 from .registry import variant_of
 from .spec import seeded
 from .targets import Layer, dense_weight, find_targets, linears, plain, refuse_wrapped, role, selected, sizes, unwrapped
@@ -81,7 +82,7 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
     name              keys the adapter; several may share a model, applied in the order attached
 
     Raises LoraLiteError before anything is changed: unknown targets, a rank or block size that a layer does not allow,
-    missing, unused or unfit data, a name in use, a compiled, sharded or wrapped model.
+    missing, unused or unfit data, a name in use, a compiled, sharded or wrapped model, a base that passes no gradient.
     """
     if not isinstance(cfg, AdapterConfig):
         raise LoraLiteError(
@@ -92,6 +93,7 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
     cls = variant_of(cfg)
     loss_fn, cfg = getattr(cfg, "loss_fn", None), cfg.lasting()
     refuse_unready(model)
+    refuse_without_gradient(model)
     wanted = wanted_statistics(cls, cfg, calibration_data)
     targets = find_targets(model, cfg)
     refuse_name(model, targets, name)
@@ -167,7 +169,7 @@ def build(cls: type[Adapter], path: str, layer: Layer, cfg: AdapterConfig) -> Ad
     weight = layer.weight
     if weight.is_meta:
         raise LoraLiteError(f"{path} has no weights yet.", expected="A loaded model.", found="They are on the meta device.")
-    dtype = cfg.buffer_dtype or (weight.dtype if weight.is_floating_point() else None)
+    dtype = cfg.buffer_dtype or (None if is_packed(layer) else weight.dtype)
     try:
         return cls(d_in, d_out, cfg.for_layer(path), device=weight.device, matrix_dtype=dtype)
     except LoraLiteError as error:
@@ -226,11 +228,14 @@ def install(model: nn.Module, targets: dict[str, Layer], adapters: dict[str, Ada
     try:
         for path, adapter in adapters.items():
             adapter.install(targets[path], path, group)
+        group.handles += keep_trainable(model)  # after the adapters: they may give the input its gradient
         for parameter in trainable:
             parameter.requires_grad_(False)
     except BaseException:
         for path, adapter in adapters.items():
             adapter.remove(targets[path])
+        for handle in group.handles:
+            handle.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
@@ -251,6 +256,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     flags = leaving[0].adapter.group.base_flags if leaving else {}
     for found in leaving:
         found.adapter.remove(found.layer)
+        for handle in found.adapter.group.handles:
+            handle.remove()
     if not runtime.adapters(model):
         for key, parameter in model.named_parameters():
             if plain(key) in flags:

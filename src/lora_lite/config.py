@@ -30,7 +30,7 @@ class AdapterConfig:
     roles         keep only layers that read from or write to the residual stream; a layer of unknown role stays, with a warning
     rank_pattern  regular expression -> r for the layers it matches; the first match counts, and 0 leaves the layer out
     dtype         of the adapter's own tensors; lowered to the activations' dtype inside each product
-    buffer_dtype  of frozen matrices; None: the dtype of the base weight
+    buffer_dtype  of frozen matrices; None: the dtype of the base weight, or `dtype` where that is quantised
     seed          of random starts, together with layer path and tensor name
     coeff         runtime coefficient at attach; 0 is the base model
     lr            learning rate to start a sweep from; read by `param_groups`

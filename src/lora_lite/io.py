@@ -24,7 +24,8 @@ from .adapter import Adapter
 from .attach import Attached, build_all, handle, install, refuse_name, refuse_unready
 from .errors import LoraLiteError, LoraLiteWarning, some
 from .linalg import is_finite
-from .targets import Layer, is_linear, unwrapped
+from .quantised import is_packed, parts
+from .targets import Layer, is_linear, sizes, unwrapped
 
 FORMAT = "lora_lite"
 HEADER = ("version", "variant", "config", "name", "layers", "base", "versions")
@@ -37,20 +38,29 @@ def fingerprint(layer: Layer, version: int = VERSION) -> dict[str, Any]:
     """Shape, dtype and a hash of the stored weight: of all of it up to 2^18 numbers, of every n-th one above, at most 2^12.
 
     A training step moves them all, and with up to 2^12 rows every row has one. Files of version 1 hold the hash of 2^14.
+    Of a packed weight the dense shape, the format in the place of the dtype, and a hash of every tensor it consists of.
     """
+    if is_packed(layer):
+        stored, tensors = parts(layer)
+        hashes = "".join(digest(sampled(tensor, version)) for tensor in tensors)
+        sha256 = hashlib.sha256(hashes.encode()).hexdigest()[:32]
+        return {"shape": list(reversed(sizes(layer))), "dtype": stored, "sha256": sha256}
     weight = layer.weight.detach()
-    flat = weight.reshape(-1)
-    if flat.numel() > WHOLE_BELOW:
-        flat = flat[:: -(-flat.numel() // SAMPLE)] if version > 1 else flat[sample_of_version_1(flat)]
     return {
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "sha256": digest(flat),
+        "sha256": digest(sampled(weight, version)),
     }
 
 
-def sample_of_version_1(flat: Tensor) -> Tensor:
-    return torch.linspace(0, flat.numel() - 1, 2**14, dtype=torch.float64).long().to(flat.device)
+def sampled(weight: Tensor, version: int) -> Tensor:
+    """The numbers that are hashed, in one row."""
+    flat = weight.reshape(-1)
+    if flat.numel() <= WHOLE_BELOW:
+        return flat
+    if version == 1:
+        return flat[torch.linspace(0, flat.numel() - 1, 2**14, dtype=torch.float64).long().to(flat.device)]
+    return flat[:: -(-flat.numel() // SAMPLE)]
 
 
 def digest(tensor: Tensor) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .calibrate import Request, Stats, Weights, kept_rows, labelled, parse
 from .errors import LoraLiteError, LoraLiteWarning, some
+from .quantised import as_stored, keep_trainable
 from .spec import seeded
 from .targets import Layer
 
@@ -48,8 +49,9 @@ def measure(model: nn.Module, layers: dict[str, Layer], wanted: Iterable[str], d
         )
         for path, layer in layers.items()
     ]
+    handles += keep_trainable(model)
     try:
-        with evaluating(model, gradients):
+        with evaluating(model, gradients), as_stored(model):
             for label, batches in parts.items():
                 count = 0
                 for batch in batches:

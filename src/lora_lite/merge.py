@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import runtime
 from .adapter import Adapter
 from .errors import LoraLiteError, some
+from .quantised import is_packed, parts
 from .targets import Layer, dense_weight, is_conv1d, unwrapped
 
 CHUNK = 1024  # basis vectors at once
@@ -76,6 +77,16 @@ def refuse_unmergeable(found: list[runtime.Found]) -> None:
             )
 
 
+def refuse_packed(found: list[runtime.Found]) -> None:
+    if packed := next((f for f in found if is_packed(f.layer)), None):
+        raise LoraLiteError(
+            f"The weight of {packed.path} is quantised.",
+            expected="Rounding the merged weight to its format again would alter it.",
+            found=f"It is stored as {parts(packed.layer)[0]}.",
+            fix="ll.load(the_model_in_full_precision, path, strict_base=False); ll.merge(the_model_in_full_precision)",
+        )
+
+
 def delta_weight(model: nn.Module, layer_path: str, name: str | None = None) -> Tensor:
     """W' - W (d_out, d_in) in float32, of adapter `name` or of all on that layer, at their coefficients.
 
@@ -97,7 +108,7 @@ def merge(model: nn.Module, name: str | None = None) -> None:
     """Fold adapter `name`, or all, into new weight storage at the current coefficients; `unmerge` gives the old one back.
 
     Raises LoraLiteError, before any layer is changed, for variants that are not linear maps, per-sample coefficients, an
-    adapter merged already, and a choice that leaves an adapter of the layer unmerged.
+    adapter merged already, a quantised layer, and a choice that leaves an adapter of the layer unmerged.
     """
     model = unwrapped(model)
     chosen = runtime.present(model, name)
@@ -105,6 +116,7 @@ def merge(model: nn.Module, name: str | None = None) -> None:
     for f in chosen:
         by_layer.setdefault(f.path, []).append(f)
     refuse_unmergeable(chosen)
+    refuse_packed(chosen)
     for f in runtime.adapters(model):
         if f.path in by_layer and all(f.adapter is not c.adapter for c in by_layer[f.path]):
             raise LoraLiteError(

@@ -1,4 +1,4 @@
-"""Which layers a config hits, and the only place that knows how a Linear-like layer stores its weight."""
+"""Which layers a config hits, and the one way to read the weight of a Linear-like layer; quantised.py knows packed ones."""
 
 import re
 import sys
@@ -9,9 +9,11 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import AdapterConfig
 from .errors import LoraLiteError, LoraLiteWarning, closest, some
+from .quantised import dequantised, is_packed
 
 Layer = nn.Linear
 """Type of an adapted layer: nn.Linear, or a module with its attributes (Conv1D, quantised Linears)."""
@@ -41,7 +43,7 @@ def sizes(layer: Layer) -> tuple[int, int]:
 def oriented_weight(layer: Layer) -> Tensor:
     """The weight as (d_out, d_in), a view of the layer's own storage. Raises for packed weights."""
     weight = layer.weight
-    if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
+    if is_packed(layer) or type(weight) not in (Tensor, nn.Parameter):
         raise LoraLiteError(
             f"The weight of {type(layer).__name__} is stored as {type(weight).__name__} of {weight.dtype}.",
             expected="A weight of floating-point numbers is needed here.",
@@ -52,7 +54,9 @@ def oriented_weight(layer: Layer) -> Tensor:
 
 @torch.no_grad()
 def dense_weight(layer: Layer) -> Tensor:
-    """A copy of the weight, (d_out, d_in), in float32 (float64 stays), never the weight itself."""
+    """A copy of the weight, (d_out, d_in), in float32 (float64 stays), never the weight itself; packed ones dequantised."""
+    if is_packed(layer):
+        return dequantised(layer)
     weight = oriented_weight(layer)
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
@@ -60,8 +64,9 @@ def dense_weight(layer: Layer) -> Tensor:
 class Base:
     """The frozen layer as lent to `forward` for one call: `base(z)` is W z without bias and without hooks.
 
-    z is (..., d_in); the product runs in the dtype of the weight and comes back in the dtype of z.
-    `base.bias` is (d_out,) or None.
+    z is (..., d_in); the product runs in the dtype of the weight and comes back in the dtype of z. A packed weight is
+    dequantised for the call and again for its backward pass, in the dtype of z; what the layer itself does to activations is
+    left out, so that base is linear where an int8 layer is not. `base.bias` is (d_out,) or None.
     """
 
     def __init__(self, layer: Layer):
@@ -69,8 +74,15 @@ class Base:
         self.bias = layer.bias
 
     def __call__(self, z: Tensor) -> Tensor:
+        if is_packed(self.layer):
+            if torch.is_grad_enabled() and z.requires_grad:  # a plain product would keep every dense weight until backward
+                return checkpoint(self.unpacked, z, use_reentrant=False, preserve_rng_state=False)
+            return self.unpacked(z)
         weight = oriented_weight(self.layer)
         return F.linear(z.to(weight.dtype), weight).to(z.dtype)
+
+    def unpacked(self, z: Tensor) -> Tensor:
+        return F.linear(z, dense_weight(self.layer).to(z.dtype))
 
 
 def role(path: str) -> str | None:
@@ -141,6 +153,8 @@ def inventory(paths: list[str]) -> str:
 
 def find_targets(model: nn.Module, cfg: AdapterConfig) -> dict[str, Layer]:
     """{path: layer} of what `attach` would hit, in the model's order; touches nothing.
+
+    Targets are Linear-like modules: nn.Linear, bitsandbytes 4-bit and 8-bit, torchao-quantised Linears, and Conv1D.
 
     Raises LoraLiteError for a model without Linears, patterns or block indices that match nothing, a layer whose weight is
     read but which is never called (inside nn.MultiheadAttention), and a tied weight that another layer outside the selection
