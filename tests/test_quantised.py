@@ -117,7 +117,10 @@ def test_deepcopy_moves_and_state_dict_work_with_an_adapter(packed):
     assert torch.equal(twin(x), y)
     ours = {key: tensor for key, tensor in packed.state_dict().items() if ".default." in key}
     assert {key.rpartition(".")[2] for key in ours} == {"dA", "dB", "A0", "B0"}
+    hooks = kinds.anatomy(packed)["hooks"]
     ll.detach(twin)
+    assert not any(kinds.anatomy(twin)["hooks"])
+    assert kinds.anatomy(packed)["hooks"] == hooks
     assert torch.equal(packed(x), y)
 
 
@@ -241,6 +244,19 @@ def test_a_format_that_cannot_be_read_is_refused_where_it_is_read(monkeypatch):
     monkeypatch.setattr(type(model.up_proj.weight), "dequantize", dequantize)
     refusal(lambda: ll.attach(model, ll.config("pissa", r=2)), "Int8Tensor", "cannot be read", "without quantisation")
     ll.attach(model, ll.config("ia3"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_weight_of_eight_bits_without_known_scales_is_not_taken_for_the_numbers(dtype):
+    model = kinds.pair()
+    model.up_proj.weight = torch.nn.Parameter(model.up_proj.weight.detach().to(dtype), requires_grad=False)
+    refusal(lambda: ll.attach(model, ll.config("pissa", r=2)), f"Parameter of {dtype}", "cannot be read")
+
+
+def test_an_adapter_of_the_dense_base_is_refused_on_its_quantised_copy(packed, tmp_path):
+    ll.attach(kinds.pair(), ll.config("lora", r=2)).save(tmp_path / "a.safetensors")
+    refusal(lambda: ll.load(packed, tmp_path / "a.safetensors"), "another base", "up_proj (dtype ", "saved float32")
+    ll.load(packed, tmp_path / "a.safetensors", strict_base=False)
 
 
 def test_layers_that_pass_no_gradient_are_refused_for_training_and_loaded_for_inference(tmp_path):

@@ -20,10 +20,7 @@ from .errors import LoraLiteError
 
 REPACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' flag of a layer that may repack itself
 ROWS = 32  # of a repacked tile
-ROUNDS_ACTIVATIONS = (
-    "act_quant_kwargs",
-    "activation_quantization",
-)  # on torchao's tensors; None where only weights are rounded
+ROUNDS_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization")  # torchao's; None where it rounds weights alone
 
 
 def library(weight: Tensor) -> str:
@@ -32,9 +29,9 @@ def library(weight: Tensor) -> str:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Whether another library stores the weight of this Linear-like layer, in a format that cannot be written to."""
+    """Whether the weight of this Linear-like layer is stored in a format of fewer bits: numbers without their scales."""
     weight: Any = layer.weight
-    return library(weight) in ("bitsandbytes", "torchao") or not weight.is_floating_point()
+    return library(weight) in ("bitsandbytes", "torchao") or not weight.is_floating_point() or weight.dtype.itemsize == 1
 
 
 def four_bit(weight: Tensor) -> bool:
@@ -58,8 +55,10 @@ def dequantised(layer: Any) -> Tensor:
         dense = weight.data.float()
         return dense if weight.is_floating_point() else dense * (row_scales(layer)[:, None] / 127)
     try:
+        if library(weight) != "torchao":  # plain tensors dequantise too, to numbers without their scales
+            raise NotImplementedError
         dense = weight.dequantize().detach().float()
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
+    except NotImplementedError as error:
         raise LoraLiteError(
             f"The weight of {type(layer).__name__}, {type(weight).__name__} of {weight.dtype}, cannot be read.",
             expected="bitsandbytes 4-bit or 8-bit, or a torchao tensor that can be dequantised.",
@@ -134,11 +133,10 @@ def trainable_again(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def refuse_without_gradient(model: nn.Module) -> None:
     """Raise where torchao rounds the activations of a layer, adapted or not: nothing before it would be trained."""
-    for path, layer in model.named_modules():
-        weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and any(getattr(weight, name, None) is not None for name in ROUNDS_ACTIVATIONS):
+    for name, weight in model.named_parameters():
+        if any(getattr(weight, attribute, None) is not None for attribute in ROUNDS_ACTIVATIONS):
             raise LoraLiteError(
-                f"No gradient passes {path or 'this layer'}: torchao rounds its activations to integers.",
+                f"No gradient passes {name.rpartition('.')[0] or 'this layer'}: torchao rounds its activations to integers.",
                 expected="Weight-only quantisation under an adapter that is trained; ll.load takes such a base for inference.",
                 fix="torchao.quantization.quantize_(model, torchao.quantization.Int8WeightOnlyConfig())",
             )
