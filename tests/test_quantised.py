@@ -1,6 +1,7 @@
 """Bases that other libraries quantise, and transformers' Conv1D: every variant on every kind."""
 
 import copy
+import warnings
 from unittest import mock
 
 import pytest
@@ -124,6 +125,21 @@ def test_deepcopy_moves_and_state_dict_work_with_an_adapter(packed):
     assert torch.equal(packed(x), y)
 
 
+def test_compiles_to_one_graph():
+    pytest.importorskip("bitsandbytes")
+    model, x = kinds.four_bit(kinds.pair()), toy.inputs(3, kinds.WIDTH)
+    model(x)
+    handle = toy.perturb(ll.attach(model, ll.config("dora", r=4)))
+    y, wanted = model(x), kinds.gradients(model, handle, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's and torchao's own while tracing
+        assert error(compiled(x), y) < 1e-5
+        for got, want in zip(kinds.gradients(compiled, handle, x), wanted):
+            assert error(got, want) < 1e-5
+
+
 def test_another_quantisation_is_refused_by_name_of_the_layer(tmp_path):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("torchao")
@@ -162,7 +178,7 @@ def test_fingerprint_tells_weights_apart_that_differ_by_a_factor(kind):
     assert fingerprint(PACKED[kind](doubled).up_proj) != fingerprint(PACKED[kind](kinds.pair()).up_proj)
 
 
-@pytest.fixture(params=["nf4", "nf4, plain scales", "fp4"])
+@pytest.fixture(params=["nf4", "nf4, plain scales", "nf4, bfloat16 storage", "fp4"])
 def rearranged(request):
     """(the model, the same after bitsandbytes rearranged its weights for inference)."""
     pytest.importorskip("bitsandbytes")

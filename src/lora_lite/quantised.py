@@ -8,6 +8,7 @@ bitsandbytes rearranges a 4-bit weight for inference when its layer runs in eval
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +32,9 @@ def library(weight: Tensor) -> str:
 def is_packed(layer: nn.Module) -> bool:
     """Whether the weight of this Linear-like layer is stored in a format of fewer bits: numbers without their scales."""
     weight: Any = layer.weight
-    return library(weight) in ("bitsandbytes", "torchao") or not weight.is_floating_point() or weight.dtype.itemsize == 1
+    if type(weight) in (Tensor, nn.Parameter):
+        return not weight.is_floating_point() or weight.dtype.itemsize == 1
+    return library(weight) in ("bitsandbytes", "torchao")
 
 
 def four_bit(weight: Tensor) -> bool:
@@ -113,7 +116,8 @@ def repacked(weight: Any) -> bool:
 
 def repacking(model: nn.Module) -> list[nn.Module]:
     """The layers that are repacked when they run in eval mode."""
-    return [module for module in model.modules() if getattr(module, REPACKS, False)]
+    present = model.modules() if "bitsandbytes" in sys.modules else ()
+    return [module for module in present if getattr(module, REPACKS, False)]
 
 
 def keep_trainable(model: nn.Module) -> list[RemovableHandle]:
@@ -127,13 +131,13 @@ def trainable_again(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if torch.is_grad_enabled() and x.requires_grad and repacked(weight):
         numbers, scales = blocks(weight)
         state = weight.quant_state
-        weight.data = numbers.view(weight.quant_storage)
+        weight.data = numbers.view(-1).view(weight.quant_storage).view(-1, 1)
         state.absmax, state.dtype, state.packing_format_for_cpu = scales, state.original_dtype, False
 
 
 def refuse_without_gradient(model: nn.Module) -> None:
     """Raise where torchao rounds the activations of a layer, adapted or not: nothing before it would be trained."""
-    for name, weight in model.named_parameters():
+    for name, weight in model.named_parameters() if "torchao" in sys.modules else ():
         if any(getattr(weight, attribute, None) is not None for attribute in ROUNDS_ACTIVATIONS):
             raise LoraLiteError(
                 f"No gradient passes {name.rpartition('.')[0] or 'this layer'}: torchao rounds its activations to integers.",
