@@ -23,9 +23,9 @@ def section(record: dict[str, Any]) -> list[str]:
     lines = [
         "## Attaching",
         "",
-        f"Seconds on {threads} threads, median of {used['repeats']}, and peak memory beyond the model, each in its own "
-        f"process; {used['batches']} batches of {used['tokens']} calibration tokens where a start needs them. Lost: the share of the "
-        "largest possible |U^T M|^2 that the directions miss. The peer of a method without one is PEFT's nearest start.",
+        f"Seconds on {threads} threads, median of {used['repeats']}, peak memory beyond the model, each in a new process; "
+        f"{used['batches']} batches of {used['tokens']} calibration tokens where a start needs them. Lost: the share of the "
+        "largest possible |U^T M|^2 that the directions miss. The peer of a method without one is PEFT's nearest.",
         "",
         "| start | model | r | s | PEFT s | ratio | MiB | PEFT MiB | ratio | lost | PEFT lost |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",

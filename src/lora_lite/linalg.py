@@ -18,7 +18,7 @@ from .errors import LoraLiteError, LoraLiteWarning
 
 MOST_VALUES = 16  # of one coefficient tensor, for maps that are evaluated once per distinct value
 BLOCK = 128  # rows of a symmetric matrix that are worked on at a time
-MOST_ROWS = 2048  # of a matrix that are copied at a time to another precision
+MOST_ROWS = 1024  # of a matrix that are copied at a time to another precision
 
 
 # --- products ---------------------------------------------------------------------------------------------------------

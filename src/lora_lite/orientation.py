@@ -41,7 +41,7 @@ def oriented_left_svd(
     W          (o, i), r at most its shorter side; where W has full rank, U lies in its column space
     damp       d = damp tr(C) / i
     call_norm  every call's activations divided by |max x|, the mean taken over calls instead of tokens
-    U and S are in float64 where the metric is not plain, the decomposition is that of the shorter side.
+    U and S come in the precision of W or better; the decomposition is that of the shorter side.
     """
     if metric == "plain":
         return left_svd(W, r, smallest=smallest)
@@ -54,7 +54,7 @@ def oriented_left_svd(
         M.diagonal().add_(delta)
     if metric == "full":
         # A product in the precision of W, like those of the batches that the sums consist of.
-        K = (W.double() @ M if smallest else (W @ M.to(W.dtype)).double()) if inputs else M + delta * W
+        K = (W.double() @ M if smallest else W @ M.to(W.dtype)) if inputs else M.add_(W, alpha=delta)
         return left_svd(K, r, smallest=smallest)
     W = W.double()
     if o <= i:
