@@ -65,6 +65,47 @@ def test_products_run_in_the_dtype_of_the_activations():
     assert error(got, 0.5 * x.double() @ (B @ A).T) < 0.02
 
 
+@pytest.mark.parametrize("scale", [0.3, random(4, 1, 1, seed=9), random(3, seed=9)])
+def test_sum_inside_the_product_is_the_sum_and_so_are_its_gradients(scale):
+    y, x, A, B = (t.requires_grad_() for t in (random(4, 5, 7), random(4, 5, 12), random(3, 12, seed=2), random(7, 3, seed=3)))
+    got, want = linalg.add_low_rank(y, x, A, B, scale), y + (x @ A.T * scale) @ B.T
+    assert error(got, want) < T64
+    for a, e in zip(*(torch.autograd.grad(z.sin().sum(), (y, x, A, B)) for z in (got, want))):
+        assert error(a, e) < T64
+    assert error(linalg.add_lin(y[0, 0], x[0, 0], B @ A, 2.0), y[0, 0] + 2 * B @ A @ x[0, 0]) < T64
+    assert linalg.add_lin(y[:0], x[:0], B @ A).shape == (0, 5, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 3, 64, 515])
+def test_sum_inside_a_product_of_zeros_keeps_every_bit(tokens, dtype):
+    y, z = 1e3 * random(tokens, 40, dtype=dtype), random(tokens, 6, dtype=dtype)
+    assert torch.equal(linalg.add_lin(y, z, torch.zeros(40, 6), -0.7), y)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float32])
+def test_sum_inside_the_product_never_rounds_what_it_adds_to(low):
+    y, z, M = random(8, 40, dtype=torch.float32), random(8, 6, dtype=low), torch.zeros(40, 6)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low is torch.float32):
+        assert torch.equal(linalg.add_lin(y, z, M), y)
+
+
+@pytest.mark.parametrize("bias", [None, random(7, seed=3)])
+def test_stretch_adds_a_part_of_what_is_not_bias(bias):
+    y, g = random(4, 5, 7), random(7, seed=2)
+    assert error(linalg.stretched(y, g, bias), y + g * (y - (0 if bias is None else bias))) < T64
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert torch.equal(linalg.stretched(y.to(dtype), torch.zeros(7, dtype=dtype), bias).to(dtype), y.to(dtype))
+
+
+def test_small_stretch_keeps_its_digits_beside_the_one():
+    """2^-10 beside 1 has no digit in bfloat16, and 1e-9 none in float32."""
+    y = random(64, 7)
+    got = linalg.stretched(y.bfloat16(), torch.full((7,), 2.0**-10, dtype=torch.bfloat16)).double()
+    assert error(got, y.bfloat16().double() * (1 + 2.0**-10)) < 1e-6
+    assert error((linalg.stretched(y, torch.full((7,), 1e-9)) - y) * 1e9, y) < 1e-5
+
+
 def test_without_bias():
     y, bias = random(5, 7), random(7, seed=2)
     assert torch.equal(linalg.without_bias(y, bias), y - bias)
@@ -188,6 +229,34 @@ def test_small_rotations_keep_their_digits():
 def test_cayley_gradients(size):
     q = (size * random(2, 6)).requires_grad_()
     assert torch.autograd.gradcheck(lambda q: linalg.cayley_shift(linalg.skew(q, 4)), q)
+
+
+def test_second_gradients_of_rotations_and_maps_over_batches_of_them():
+    X, z = skew_by_hand(random(2, 6), 4).requires_grad_(), random(5, 8).requires_grad_()
+
+    def turned(X, z):
+        return linalg.block_turn(z, linalg.cayley_shift(X))
+
+    assert torch.autograd.gradgradcheck(turned, (X, z))
+    many = torch.stack([X, -X, 2 * X])
+    gradient = torch.func.grad(lambda X, z: turned(X, z).sin().sum())
+    for f in (turned, gradient):
+        for got, one in zip(torch.vmap(f, (0, None))(many, z), many):
+            assert error(got, f(one, z)) < T64
+
+
+def test_gradient_of_a_rotation_stays_in_float32_under_autocast():
+    X = skew_by_hand(random(2, 28), 8).float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        (inside,) = torch.autograd.grad(linalg.cayley_shift(X), X, torch.ones(2, 8, 8))
+    assert torch.equal(inside, torch.autograd.grad(linalg.cayley_shift(X), X, torch.ones(2, 8, 8))[0])
+
+
+def test_block_turn_adds_the_block_product():
+    z, N = random(5, 3, 12).transpose(0, 1), random(3, 4, 4, seed=2)
+    assert error(linalg.block_turn(z, N), z + z @ torch.block_diag(*N)) < T64
+    assert torch.equal(linalg.block_turn(z.bfloat16(), torch.zeros(3, 4, 4)), z.bfloat16())
+    assert torch.autograd.gradcheck(linalg.block_turn, (random(2, 4).requires_grad_(), random(2, 2, 2).requires_grad_()))
 
 
 def test_block_product_is_the_product_with_a_block_diagonal_matrix():
@@ -357,7 +426,6 @@ def test_momentum_carries_a_boxed_strength_only_a_few_steps_out():
         assert -12 * lr < min(p for p, _ in descend(linalg.box, lr=lr, start=30 * lr, steps=(100, 0))) < 0
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch about its own tracing
 def test_box_compiles_without_a_break():
     compiled = torch.compile(lambda p: linalg.box(p, 0.0, 1.0), backend="eager", fullgraph=True)
     p = torch.tensor([-1.0, 0.5], requires_grad=True)

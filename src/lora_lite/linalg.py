@@ -34,6 +34,30 @@ def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Te
     return lin((lin(x, A) * scale).to(x.dtype), B)
 
 
+def add_lin(y: Tensor, z: Tensor, M: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """y + scale M z, the sum inside the product: (..., o), (..., r), (o, r); scale is a number or broadcasts to (..., r).
+
+    Without a temporary of the size of y, and y bit for bit where M is 0.
+    """
+    if isinstance(scale, Tensor):
+        z, scale = (z * scale).to(z.dtype), 1.0
+    if y.dtype != z.dtype or torch.is_autocast_enabled(y.device.type):  # autocast would round y
+        return y + scale * lin(z, M)
+    Y, Z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
+    return torch.addmm(Y, Z, M.to(z.dtype).T, alpha=scale).reshape(y.shape)
+
+
+def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """y + B diag(scale) A x, as `low_rank` and `add_lin`."""
+    return add_lin(y, lin(x, A), B, scale)
+
+
+def stretched(y: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y + g * (y - b) in one pass over y; g broadcasts to (..., o), and in bfloat16 keeps its digits beside the 1."""
+    g = g.to(torch.promote_types(torch.promote_types(g.dtype, y.dtype), torch.float32))
+    return y * (1 + g) if bias is None else torch.addcmul(-g * bias, y, 1 + g)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number is: one pass, as a sum is finite only if all are; a sum that overflows is looked at again."""
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
@@ -268,16 +292,38 @@ def orth(V: Tensor) -> Tensor:
 
 def skew(q: Tensor, b: int) -> Tensor:
     """Skew matrices (n, b, b) with q (n, b(b-1)/2) above the diagonal, row by row, and -q below."""
-    upper = torch.triu_indices(b, b, 1, device=q.device)
-    X = q.new_zeros(q.shape[0], b, b).index_put((torch.arange(q.shape[0], device=q.device)[:, None], upper[0], upper[1]), q)
-    return X - X.mT
+    if b == 1:
+        return q.new_zeros(len(q), 1, 1)
+    k = torch.arange(b, device=q.device)
+    low, high = torch.minimum(k[:, None], k), torch.maximum(k[:, None], k)
+    place = (low * (2 * b - low - 1) // 2 + high - low - 1).clamp(min=0)  # on the diagonal any, it meets a sign of 0
+    return q.index_select(1, place.flatten()).view(-1, b, b) * (k - k[:, None]).sign()
+
+
+class Cayley(torch.autograd.Function):
+    """N = (I - X)^-1 2 X for any X (n, b, b), whose gradient 2 J^T g J^T, J = (I - X)^-1 = I + N/2, needs no second solve."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(X: Tensor) -> Tensor:
+        return torch.linalg.solve_ex(torch.eye(X.shape[-1], dtype=X.dtype, device=X.device) - X, 2 * X)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (N,), (g,) = ctx.saved_tensors, grads
+        with torch.autocast(g.device.type, enabled=False):
+            left = torch.baddbmm(g, N.mT, g, alpha=0.5)
+            return torch.baddbmm(left, left, N.mT, beta=2)
 
 
 def cayley_shift(X: Tensor) -> Tensor:
     """R - I for R = (I - X)^-1 (I + X), X (n, b, b) skew: exactly 0 at X = 0, precise for small rotations."""
-    X = X.to(torch.promote_types(X.dtype, torch.float32))
-    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
-    return torch.linalg.solve(eye - X, 2 * X)
+    return Cayley.apply(X.to(torch.promote_types(X.dtype, torch.float32)))
 
 
 def bounded(X: Tensor, max_angle: float | None) -> Tensor:
@@ -292,16 +338,20 @@ def bounded(X: Tensor, max_angle: float | None) -> Tensor:
     return X / (1 + X.square().sum((-2, -1), keepdim=True) / (2 * t * t)).sqrt()
 
 
+def in_blocks(z: Tensor, N: Tensor) -> Tensor:
+    """(..., n b) as (n, tokens, b), without a copy where z is contiguous."""
+    return z.reshape(-1, *N.shape[:2]).transpose(0, 1)
+
+
 def block_product(z: Tensor, N: Tensor) -> Tensor:
     """z blockdiag(N) in row form: (..., n b), (n, b, b) -> (..., n b), in the dtype of z."""
-    blocks = rearrange(z, "... (n k) -> n (...) k", n=len(N))
-    return rearrange(torch.bmm(blocks, N.to(z.dtype)), "n t c -> t (n c)").reshape(z.shape)
+    return torch.bmm(in_blocks(z, N), N.to(z.dtype)).transpose(0, 1).reshape(z.shape)
 
 
 def block_turn(z: Tensor, N: Tensor) -> Tensor:
-    """z + z blockdiag(N), the sum inside the product: one pass less over z."""
-    blocks = rearrange(z, "... (n k) -> n (...) k", n=len(N))
-    return rearrange(torch.baddbmm(blocks, blocks, N.to(z.dtype)), "n t c -> t (n c)").reshape(z.shape)
+    """z + z blockdiag(N), the sum taken where the blocks go back to their places: one pass less over z."""
+    turned = torch.bmm(in_blocks(z, N), N.to(z.dtype)).transpose(0, 1)
+    return (z.reshape(turned.shape) + turned).reshape(z.shape)
 
 
 def reflections(V: Tensor) -> tuple[Tensor, Tensor]:

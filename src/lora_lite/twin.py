@@ -5,12 +5,10 @@ formula   y' = y + c s (B A - B0 A0) x,  A = A0 + dA,  B = B0 + dB
           and precise for small deviations where the difference of two products is not
 """
 
-import torch
-
 from .annotations import Any, Float, Parameter, Tensor
 from .contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass
 from .limits import refuse_rank
-from .linalg import low_rank
+from .linalg import add_lin, lin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,5 +40,6 @@ class Twin(Adapter):
         }
 
     def forward(self, x: Tensor, y: Tensor, base: Any) -> Tensor:
-        dA, dB, A0, B0 = self.dA, self.dB, self.A0.to(self.dA.dtype), self.B0.to(self.dB.dtype)
-        return y + low_rank(x, torch.cat([dA, A0]), torch.cat([B0 + dB, dB], dim=1), self.coeff * self.s)
+        scale, dh = self.coeff * self.s, lin(x, self.dA)
+        h = dh + lin(x, self.A0)
+        return add_lin(add_lin(y, dh, self.B0, scale), h, self.dB, scale)

@@ -26,7 +26,7 @@ from einops import rearrange
 from ..annotations import Any, Float, Parameter, Tensor
 from ..contract import Adapter, ParamSpec, RanklessConfig, Specs, dataclass, register
 from ..limits import refuse_indivisible
-from ..linalg import block_product, cayley_shift, per_value, skew, without_bias
+from ..linalg import block_product, cayley_shift, per_value, skew, stretched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,4 +75,4 @@ class BOFT(Adapter):
         return rearrange(block_product(z, N), "... (groups e two t) -> ... (groups two e t)", **sizes)
 
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
-        return y + self.coeff * self.g * without_bias(y, base.bias) if self.cfg.scale else y
+        return stretched(y, self.coeff * self.g, base.bias) if self.cfg.scale else y

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
-from ..linalg import low_rank
+from ..linalg import add_low_rank
 from ..spec import constant, kaiming, zeros
 
 
@@ -72,8 +72,8 @@ class DeLoRA(Adapter):
         r, lam, floor = self.cfg.r, self.lam, 1e-4
         if self.cfg.start == "zero_b":
             A, B = normalize(self.A, dim=1, eps=floor), lam / r * normalize(self.B, dim=0, eps=floor)
-            return y + low_rank(x, A * self.w, B, self.coeff)
+            return add_low_rank(y, x, A * self.w, B, self.coeff)
         A, A0 = normalize(torch.stack([self.A, self.A0]), dim=2, eps=floor)
         B, B0 = normalize(torch.stack([self.B, self.B0]), dim=1, eps=floor)
         B, B0 = lam / r * B, self.lam0 / r * B0
-        return y + low_rank(x, torch.cat([A - A0, A0]) * self.w, torch.cat([B, B - B0], dim=1), self.coeff)
+        return add_low_rank(y, x, torch.cat([A - A0, A0]) * self.w, torch.cat([B, B - B0], dim=1), self.coeff)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
 from ..limits import refuse_rank
-from ..linalg import low_rank
+from ..linalg import add_low_rank
 from ..principal import allotted, principal, required
 
 
@@ -77,4 +77,4 @@ class EVA(Adapter):
             a.report["explained"] = float(q.sum())
 
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
-        return y + low_rank(x, self.A, self.B, self.coeff * self.s)
+        return add_low_rank(y, x, self.A, self.B, self.coeff * self.s)

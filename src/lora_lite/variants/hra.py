@@ -20,7 +20,7 @@ import torch
 from ..annotations import Float, Literal, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
 from ..limits import refuse_odd
-from ..linalg import low_rank, reflections
+from ..linalg import add_low_rank, reflections
 from ..spec import Shape, uniform
 
 
@@ -50,7 +50,7 @@ class HRA(Adapter):
 
     def forward_input(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
         P, M = reflections(self.V)
-        return x - low_rank(x, M @ P, P.T, self.coeff)
+        return add_low_rank(x, x, M @ P, P.T, -self.coeff)
 
     def penalty(self) -> Float[Tensor, ""]:
         """|U U^T - I|_F^2 over the unit rows U of V: 0 where the rows are orthogonal."""

@@ -14,6 +14,7 @@ differs   the paper trains l from 1; the deviation g is stored, so decay pulls t
 
 from ..annotations import Any, Float, Parameter, Tensor
 from ..contract import Adapter, ParamSpec, RanklessConfig, Specs, dataclass, register
+from ..linalg import stretched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,4 +33,4 @@ class IA3(Adapter):
         return {"g": ParamSpec((d_out,), identity=0, decay=True)}
 
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
-        return y + self.coeff * self.g * y
+        return stretched(y, self.coeff * self.g)

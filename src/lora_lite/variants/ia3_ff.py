@@ -14,6 +14,7 @@ differs   the paper trains l from 1; the deviation g is stored, so decay pulls t
 
 from ..annotations import Float, Parameter, Tensor
 from ..contract import Adapter, ParamSpec, RanklessConfig, Specs, dataclass, register
+from ..linalg import stretched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,4 +33,4 @@ class IA3FF(Adapter):
         return {"g": ParamSpec((d_in,), identity=0, decay=True)}
 
     def forward_input(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
-        return x + self.coeff * self.g * x
+        return stretched(x, self.coeff * self.g)

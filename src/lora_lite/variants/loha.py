@@ -19,7 +19,7 @@ from einops import rearrange
 
 from ..annotations import Any, Float, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
-from ..linalg import lin, low_rank
+from ..linalg import add_lin, add_low_rank
 from ..spec import kaiming
 
 
@@ -50,7 +50,7 @@ class LoHa(Adapter):
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
         if self.cfg.r**2 * (self.d_in + self.d_out) > self.d_in * self.d_out:
             D = (self.w1_a @ self.w1_b) * (self.w2_a @ self.w2_b)
-            return y + self.coeff * self.s * lin(x, D)
+            return add_lin(y, x, D, self.coeff * self.s)
         A = rearrange(self.w1_b[:, None] * self.w2_b, "p q i -> (p q) i")
         B = rearrange(self.w1_a[:, :, None] * self.w2_a[:, None], "o p q -> o (p q)")
-        return y + low_rank(x, A, B, self.coeff * self.s)
+        return add_low_rank(y, x, A, B, self.coeff * self.s)

@@ -18,7 +18,7 @@ import torch
 from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
 from ..limits import refuse_odd
-from ..linalg import low_rank
+from ..linalg import add_low_rank
 from ..spec import kaiming, normal
 from ..twin import Twin
 
@@ -54,4 +54,4 @@ class LoRA(Twin):
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
         if self.cfg.init == "orthogonal":
             return super().forward(x, y, base)
-        return y + low_rank(x, self.A, self.B, self.coeff * self.s)
+        return add_low_rank(y, x, self.A, self.B, self.coeff * self.s)

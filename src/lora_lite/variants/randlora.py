@@ -19,7 +19,7 @@ differs   both published codes flatten diag(l_k) A diag(g_k) by (j, k) and B by 
 
 from ..annotations import Any, Float, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, ParamSpec, Specs, dataclass, register
-from ..linalg import low_rank
+from ..linalg import add_low_rank
 from ..spec import Shape, constant, uniform
 
 
@@ -67,4 +67,4 @@ class RandLoRA(Adapter):
         A = (self.lam[:, :, None] * self.gam[:, None] * self.A).flatten(0, 1)
         B = self.B.flatten(1)
         down, up = (A, B) if self.d_in <= self.d_out else (B.T, A.T)
-        return y + low_rank(x, down, up, self.coeff * self.s)
+        return add_low_rank(y, x, down, up, self.coeff * self.s)

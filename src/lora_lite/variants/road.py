@@ -21,6 +21,7 @@ from einops import rearrange
 from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Adapter, ParamSpec, RanklessConfig, Specs, dataclass, register
 from ..limits import largest_divisor
+from ..linalg import stretched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,5 +66,8 @@ class RoAd(Adapter):
         (theta, a), (phi, b) = self.entries(slice(0, 2)), self.entries(slice(-2, None))
         stretch = a - 2 * (1 + a) * (theta / 2).sin().square()  # alpha cos theta - 1; in this form a small a keeps its digits
         shear = (1 + b) * phi.sin()  # alpha sin theta
-        first, second = rearrange(y, "... (n two h) -> two ... n h", n=len(self.theta), two=2)
-        return y + stretch * y + shear * rearrange([-second, first], "two ... n h -> ... (n two h)")
+        n, _, h = self.theta.shape
+        first, second = rearrange(shear, "... (n two h) -> two ... n h", n=n, two=2)
+        signed = rearrange([-first, second], "two ... n h -> ... (n two h)")
+        partner = y.unflatten(-1, (n, 2, h)).roll(1, dims=-2).flatten(-3)
+        return stretched(y, stretch).addcmul_(signed, partner)

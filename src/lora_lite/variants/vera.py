@@ -13,6 +13,8 @@ differs   of the paper's Kaiming draws the uniform one, as in PEFT. A and B stan
           load draws them again from the seed, as the paper does, and refuses numbers whose hash is another
 """
 
+import torch
+
 from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
 from ..linalg import low_rank
@@ -61,4 +63,4 @@ class VeRA(Adapter):
         }
 
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
-        return y + self.coeff * self.lambda_b * low_rank(x, self.A, self.B, self.lambda_d)
+        return torch.addcmul(y, self.coeff * self.lambda_b, low_rank(x, self.A, self.B, self.lambda_d))
