@@ -144,6 +144,20 @@ def test_deviations_at_zero_give_back_the_base_and_are_what_decays():
     assert error(adapter(x, y, None), y) < T64
 
 
+def test_backward_keeps_one_product_of_rank_r_beside_its_input():
+    adapter, x = twin(dtype=torch.float32), toy.inputs(7, I).requires_grad_()
+    known = {t.untyped_storage().data_ptr() for t in (x, *adapter.parameters(), *adapter.buffers())}
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // 4
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        adapter(x, toy.inputs(7, O), None)
+    assert sum(size for pointer, size in kept.items() if pointer not in known) == 7 * R
+
+
 def test_cost_is_one_pair_of_products_of_rank_2r():
     adapter = twin(dtype=torch.float32)
     with FlopCounterMode(display=False) as counted:

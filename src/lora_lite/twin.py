@@ -1,8 +1,8 @@
 """Twin: low-rank methods that start away from zero, as deviations from a frozen start.
 
 formula   y' = y + c s (B A - B0 A0) x,  A = A0 + dA,  B = B0 + dB
-          since B A - B0 A0 = B dA + dB A0 it is one pair of products of rank 2r, exactly 0 at dA = dB = 0 in every dtype,
-          and precise for small deviations where the difference of two products is not
+          computed as y + c s (B0 dA x + dB A x): exactly 0 at dA = dB = 0 in every dtype, and precise for small deviations
+          where the difference of two products is not. Backward keeps x and A x, of the activations, and nothing else
 """
 
 from .annotations import Any, Float, Parameter, Tensor
