@@ -558,6 +558,16 @@ class ByTrace(Sound):
             adapter.A.copy_(stats["weight"][path][: adapter.cfg.r])
 
 
+@pytest.mark.parametrize("name", ["lora", "olora"])
+def test_only_methods_that_read_the_weight_at_their_start_get_its_numbers(name, monkeypatch):
+    cls, seen = ll.get(name), []
+    monkeypatch.setattr(cls, "init", lambda self, W: seen.append(W))
+    ll.attach(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)), ll.config(name, r=2))
+    assert [tuple(W.shape) for W in seen] == [(4, 3), (4, 4)]
+    assert [W.is_meta for W in seen] == [not cls.claims.reads_weight] * 2
+    assert cls.claims.reads_weight == (name != "lora")
+
+
 def test_ranks_from_data_build_the_tensors_and_stand_in_the_config(tmp_path):
     model, fresh = toy.toy(), toy.toy()
     with registry.borrowed(ByTrace):

@@ -27,6 +27,7 @@ class Claims:
     rank         cfg -> largest rank of the weight change, None where there is no such bound
     safe_coeff   range of coeff inside which the promises hold; `scale` warns outside
     start        largest |y' - y| / max|y| right after attach; 0 means bit for bit
+    reads_weight whether `init` reads W; False spares the copy: W comes on the meta device, with a shape and no numbers
     """
 
     affine: bool = True
@@ -35,6 +36,7 @@ class Claims:
     rank: Callable[[Any], int] | None = None
     safe_coeff: tuple[float, float] | None = None
     start: float = 0.0
+    reads_weight: bool = True
 
 
 @dataclass
@@ -125,7 +127,7 @@ class Adapter(nn.Module):
         return {}
 
     def init(self, W: Tensor) -> None:
-        """Fill tensors from W (d_out, d_in), a float32 copy of the weight. Once, at attach."""
+        """Fill tensors from W (d_out, d_in), a float32 copy of the weight (see Claims.reads_weight). Once, at attach."""
 
     @staticmethod
     def group_init(adapters: dict[str, Any], stats: Stats, cfg: Any) -> None:

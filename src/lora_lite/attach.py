@@ -140,8 +140,10 @@ def fill(cls: type[Adapter], cfg: AdapterConfig, targets: dict[str, Layer], adap
         for path, adapter in adapters.items():
             adapter.start(path)
             if cls.init is not Adapter.init:
+                known = cls.claims.reads_weight
+                W = dense_weight(targets[path]) if known else torch.empty(adapter.d_out, adapter.d_in, device="meta")
                 with seeded(cfg.seed, path, "init"):
-                    adapter.init(dense_weight(targets[path]))
+                    adapter.init(W)
         if cls.group_init is not Adapter.group_init:
             with seeded(cfg.seed, "group_init"):
                 cls.group_init(adapters, stats, cfg)

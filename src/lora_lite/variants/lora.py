@@ -32,7 +32,7 @@ class LoRAConfig(AdapterConfig):
 @register
 class LoRA(Twin):
     Config = LoRAConfig
-    claims = Claims(rank=lambda cfg: cfg.r * (2 if cfg.init == "orthogonal" else 1))
+    claims = Claims(rank=lambda cfg: cfg.r * (2 if cfg.init == "orthogonal" else 1), reads_weight=False)
 
     A: Float[Parameter, "r i"]
     B: Float[Parameter, "o r"]
