@@ -3,14 +3,20 @@
 from . import registry
 from .adapter import Adapter, Claims
 from .attach import Attached, attach, detach
+from .compose import compose
 from .config import AdapterConfig, RanklessConfig
 from .errors import LoraLiteError, LoraLiteWarning
+from .groups import thirds
 from .io import load, save
-from .merge import delta_weight, merge, unmerge
+from .merge import delta_bias, delta_weight, merge, unmerge
 from .registry import config, get, names, register
+from .router import Routing, frontier, route
+from .routes import format_route, parse_route
 from .runtime import Status, disabled, param_groups, scale, status
+from .snapshot import Increment, Snapshot, apply, snapshot
 from .spec import ParamSpec
 from .targets import find_targets
+from .ties import dare, ties
 from .version import __version__
 
 

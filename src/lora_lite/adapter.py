@@ -1,9 +1,10 @@
 """Adapter: the module that hangs under a layer, owns its tensors, its coefficient, its hooks and every cast."""
 
 import contextlib
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +40,31 @@ class Claims:
     reads_weight: bool = True
 
 
+class Original(NamedTuple):
+    """What a merge exchanges on a layer; kind is its class, which changes where a packed layer becomes a dense one."""
+
+    weight: Any
+    bias: Any
+    kind: type[Layer]
+
+
+@dataclass
+class Lineage:
+    """One training: its id is new at attach and travels with snapshots and checkpoints; step counts the snapshots taken."""
+
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    step: int = 0
+
+
 @dataclass
 class Group:
-    """What the adapters of one attach share: name, config, the requires_grad flags of the base before the first attach, and
-    the hooks that keep quantised layers of the model trainable."""
+    """What the adapters of one attach share: name, config, the requires_grad flags of the base before the first attach, their
+    lineage, and the hooks that keep quantised layers of the model trainable."""
 
     name: str
     cfg: AdapterConfig
     base_flags: dict[str, bool]
+    lineage: Lineage = field(default_factory=Lineage)
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
 
@@ -65,6 +83,7 @@ class Adapter(nn.Module):
     Config: ClassVar[type[AdapterConfig]]
     variant: ClassVar[str]
     citation: ClassVar[str] = ""
+    listed: ClassVar[bool] = True  # False: what the library itself makes, no method to choose
     claims: ClassVar[Claims] = Claims()
 
     def __init__(
@@ -76,10 +95,11 @@ class Adapter(nn.Module):
         self.cfg: Any = cfg
         self.coeff: float | Tensor = cfg.coeff
         self.values: Tensor | None = None  # `linalg.distinct` of a coefficient tensor that is not trained
+        self.common: float | Tensor | None = None  # the coefficient of all layers, where `scale` by groups multiplies it
         self.fired = False
         self.path = ""  # of its layer, seen from the module that was attached to
         self.group: Group = NOWHERE
-        self.original: tuple[Any, Any] | None = None  # weight and bias while merged
+        self.original: Original | None = None  # while merged
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.shared: dict[str, Shared] = {}
         self.report: dict[str, float] = {}  # what group_init measured, such as the captured share of a statistic
@@ -196,7 +216,7 @@ class Adapter(nn.Module):
         super()._apply(fn, recurse)
         for name, holder in self.shared.items():
             self.share(name, holder.applied(fn))
-        for tensor in self.original or ():
+        for tensor in self.original[:2] if self.original else ():
             if tensor is not None:
                 tensor.data = fn(tensor.data)
         return self
@@ -223,9 +243,10 @@ class Adapter(nn.Module):
         """Whether every hook is still on its layer; other libraries may clear the hooks of a model."""
         return bool(self.handles) and all(handle.id in (handle.hooks_dict_ref() or ()) for handle in self.handles)
 
-    def take(self, coeff: float | Tensor) -> None:
-        """Hold a coefficient; one that is a parameter of the caller's does not become one of the adapter's."""
+    def take(self, coeff: float | Tensor, common: float | Tensor | None = None) -> None:
+        """Hold coefficients; one that is a parameter of the caller's does not become one of the adapter's."""
         object.__setattr__(self, "coeff", coeff)
+        object.__setattr__(self, "common", common)
 
     def idle(self) -> bool:
         """No work to do: the coefficient is exactly 0, or the weight already holds the change."""
@@ -263,11 +284,11 @@ class Adapter(nn.Module):
                 expected=f"It must line up with the leading axes of activations of shape {tuple(z.shape)}.",
                 fix=f"ll.scale(model, torch.ones({z.shape[0]}))  # one value per sample",
             )
-        self.take(coeff.to(z.device).reshape(coeff.shape + (1,) * (z.ndim - coeff.ndim)))
+        self.take(coeff.to(z.device).reshape(coeff.shape + (1,) * (z.ndim - coeff.ndim)), self.common)
         try:
             yield
         finally:
-            self.take(coeff)
+            self.take(coeff, self.common)
 
     def extra_repr(self) -> str:
         return f"{self.variant}, {self.d_in} -> {self.d_out}, coeff={self.coeff}"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import runtime, shared
-from .adapter import Adapter, Group
+from .adapter import Adapter, Group, Lineage
 from .calibrate import LABELS, Stats, Weights
 from .config import AdapterConfig
 from .errors import LoraLiteError, some
@@ -49,7 +49,7 @@ class Attached:
         self.refuse_detached()
         save(self.model, path, name=self.name)
 
-    def scale(self, coeff: float | torch.Tensor) -> runtime.Scaling:
+    def scale(self, coeff: float | torch.Tensor | Mapping[str, float]) -> runtime.Scaling | runtime.GroupScaling:
         self.refuse_detached()
         return runtime.scale(self.model, coeff, name=self.name)
 
@@ -221,11 +221,18 @@ def refuse_non_finite(adapters: dict[str, Adapter]) -> None:
                 raise LoraLiteError(f"{path}.{key} is not finite after init.", expected="A finite base weight and finite data.")
 
 
-def install(model: nn.Module, targets: dict[str, Layer], adapters: dict[str, Adapter], name: str, cfg: AdapterConfig) -> None:
-    """Hang the filled adapters and freeze the base; undone whole when it is interrupted."""
+def install(
+    model: nn.Module,
+    targets: dict[str, Layer],
+    adapters: dict[str, Adapter],
+    name: str,
+    cfg: AdapterConfig,
+    lineage: Lineage | None = None,
+) -> None:
+    """Hang the filled adapters and freeze the base; undone whole when it is interrupted. lineage None: a new one."""
     earlier = runtime.adapters(model)
     flags = earlier[0].adapter.group.base_flags if earlier else {k: p.requires_grad for k, p in model.named_parameters()}
-    group = Group(name, cfg, flags)
+    group = Group(name, cfg, flags, lineage or Lineage())
     trainable = [] if earlier else [p for p in model.parameters() if p.requires_grad]
     try:
         for path, adapter in adapters.items():

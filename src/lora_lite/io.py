@@ -7,6 +7,7 @@ called `*.<tensor name>`; where the variant leaves it out, the header has the ha
 
 import contextlib
 import ctypes
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import registry, runtime, shared
-from .adapter import Adapter
+from .adapter import Adapter, Lineage
 from .attach import Attached, build_all, handle, install, refuse_name, refuse_unready
 from .errors import LoraLiteError, LoraLiteWarning, some
 from .linalg import is_finite
@@ -108,6 +109,7 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
         "layers": json.dumps([f.path for f in found]),
         "base": json.dumps({f.path: fingerprint(f.layer) for f in found}),
         "versions": json.dumps({"torch": torch.__version__, "safetensors": safetensors.__version__}),
+        "lineage": json.dumps(dataclasses.asdict(found[0].adapter.group.lineage)),
         **({"drawn": json.dumps(drawn)} if drawn else {}),
     }
     write_atomically(Path(path), serialized(tensors, header))
@@ -210,9 +212,11 @@ def check_header(path: str | Path, header: dict[str, str]) -> None:
         if not lacking:
             int(header["version"])
             layers, base = json.loads(header["layers"]), json.loads(header["base"])
-            for field in ("config", "versions", "drawn"):
+            for field in ("config", "versions", "drawn", "lineage"):
                 if not isinstance(json.loads(header.get(field, "{}")), dict):
                     raise ValueError(f"{field} is no table")
+            if json.loads(header.get("lineage", "{}")).keys() - {"id", "step"}:
+                raise ValueError("lineage has more than id and step")
             lacking = [] if layers and set(layers) == set(base) else ["a fingerprint for each layer"]
     except ValueError as error:
         raise LoraLiteError(f"{path} has a damaged header: {error}.", fix="ll.save(model, path)") from error
@@ -247,7 +251,7 @@ def load(model: nn.Module, path: str | Path, *, name: str | None = None, strict_
         refuse_other_base(path, targets, json.loads(header["base"]), int(header["version"]))
     adapters = build_all(cls, targets, cfg)
     restore(path, adapters, tensors, redrawn(path, adapters, cfg.seed, json.loads(header.get("drawn", "{}"))))
-    install(unwrapped(model), targets, adapters, name, cfg)
+    install(unwrapped(model), targets, adapters, name, cfg, Lineage(**json.loads(header.get("lineage", "{}"))))
     return handle(model, name, cfg, adapters)
 
 
@@ -264,6 +268,17 @@ def layers_of(model: nn.Module, path: str | Path, wanted: list[str]) -> dict[str
 
 
 def refuse_other_base(path: str | Path, targets: dict[str, Layer], saved: dict[str, Any], version: int) -> None:
+    if different := changes_of_base(targets, saved, version):
+        raise LoraLiteError(
+            f"{path} was trained on another base.",
+            expected="Base weights equal to those at save.",
+            found=f"Different: {some(different)}.",
+            fix="ll.load(model, path, strict_base=False)  # if the other base is meant",
+        )
+
+
+def changes_of_base(targets: dict[str, Layer], saved: dict[str, Any], version: int = VERSION) -> list[str]:
+    """'path (what differs)' of every layer whose weight has another fingerprint than the saved one."""
     different = []
     for layer_path, layer in targets.items():
         here = fingerprint(layer, version)
@@ -272,13 +287,7 @@ def refuse_other_base(path: str | Path, targets: dict[str, Layer], saved: dict[s
                 what = "content" if field == "sha256" else f"{field} {here[field]}, saved {saved[layer_path][field]}"
                 different.append(f"{layer_path} ({what})")
                 break
-    if different:
-        raise LoraLiteError(
-            f"{path} was trained on another base.",
-            expected="Base weights equal to those at save.",
-            found=f"Different: {some(different)}.",
-            fix="ll.load(model, path, strict_base=False)  # if the other base is meant",
-        )
+    return different
 
 
 def redrawn(path: str | Path, adapters: dict[str, Adapter], seed: int, hashes: dict[str, str]) -> dict[str, Tensor]:

@@ -1,56 +1,17 @@
-"""The adapted layer as a matrix: delta_weight, merge into the weights, unmerge with every original bit.
+"""The adapted layer as a matrix: delta_weight, delta_bias, merge into the weights, unmerge with every original bit.
 
-No variant has merge code: W' comes from the adapters' own maps on basis vectors, in float64.
+No variant has merge code: W' and b' come from the adapters' own maps on basis vectors (delta.py).
 """
 
 import torch
 from torch import Tensor, nn
 
 from . import runtime
-from .adapter import Adapter
+from .adapter import Adapter, Original
+from .delta import effective, refuse_nonlinear
 from .errors import LoraLiteError, some
 from .quantised import is_packed, parts
-from .targets import Layer, dense_weight, is_conv1d, unwrapped
-
-CHUNK = 1024  # basis vectors at once
-
-
-class DenseBase:
-    """`base` for a float64 copy of the weight, with the bias that the caller lends."""
-
-    def __init__(self, W: Tensor, bias: Tensor | None):
-        self.W, self.bias = W, bias
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return (z.to(self.W.dtype) @ self.W.T).to(z.dtype)
-
-
-def run(adapters: list[Adapter], base: DenseBase, x: Tensor) -> Tensor:
-    """The layer with these adapters, hooks aside: x (n, d_in) -> (n, d_out)."""
-    for adapter in adapters:
-        if adapter.changes_input():
-            x = adapter.forward_input(x).to(x.dtype)
-    y = base(x) if base.bias is None else base(x) + base.bias
-    for adapter in adapters:
-        if adapter.changes_output():
-            y = adapter.forward(x, y, base).to(y.dtype)
-    return y
-
-
-@torch.no_grad()
-def effective(layer: Layer, adapters: list[Adapter]) -> tuple[Tensor, Tensor, Tensor]:
-    """(W', b', W) in float64 of the layer with these adapters at their coefficients: (d_out, d_in), (d_out,)."""
-    W = dense_weight(layer).double()
-    bias = None if layer.bias is None else layer.bias.detach().double()
-    d_in = W.shape[1]
-    base = DenseBase(W, None)
-    origin = W.new_zeros(1, d_in)
-    # Affine maps are linear in (x, y, b) up to a constant: the bias is left out of W' so that no digits cancel.
-    constant = run(adapters, base, origin)
-    columns = [
-        (run(adapters, base, basis) - constant).T for basis in torch.eye(d_in, dtype=W.dtype, device=W.device).split(CHUNK)
-    ]
-    return torch.cat(columns, dim=1), run(adapters, DenseBase(W, bias), origin)[0], W
+from .targets import Layer, is_conv1d, unwrapped
 
 
 def refuse_unmergeable(found: list[runtime.Found]) -> None:
@@ -63,12 +24,7 @@ def refuse_unmergeable(found: list[runtime.Found]) -> None:
                 expected="Only a weight that is a parameter can be exchanged.",
                 fix='torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")  # before ll.attach',
             )
-        if not f.adapter.claims.affine:
-            raise LoraLiteError(
-                f"{f.adapter.variant} at {f.path} is not a linear map of x.",
-                expected="Only linear maps have a weight.",
-                fix=f"ll.disabled(model, {f.name!r})",
-            )
+        refuse_nonlinear(f.adapter, f.path, "ll.save(model, path)  # it is kept, and runs, as an adapter")
         if isinstance(f.adapter.coeff, Tensor):
             raise LoraLiteError(
                 f"{f.path} has a coefficient per sample.",
@@ -77,21 +33,28 @@ def refuse_unmergeable(found: list[runtime.Found]) -> None:
             )
 
 
-def refuse_packed(found: list[runtime.Found]) -> None:
-    if packed := next((f for f in found if is_packed(f.layer)), None):
-        raise LoraLiteError(
-            f"The weight of {packed.path} is quantised.",
-            expected="Rounding the merged weight to its format again would alter it.",
-            found=f"It is stored as {parts(packed.layer)[0]}.",
-            fix="ll.load(the_model_in_full_precision, path, strict_base=False); ll.merge(the_model_in_full_precision)",
-        )
-
-
 def delta_weight(model: nn.Module, layer_path: str, name: str | None = None) -> Tensor:
     """W' - W (d_out, d_in) in float32, of adapter `name` or of all on that layer, at their coefficients.
 
     Raises LoraLiteError for a layer without such an adapter and for variants that are not linear maps.
     """
+    layer, adapters = on_layer(model, layer_path, name)
+    adapted, _, W = effective(layer, adapters)
+    return (adapted - W).float()
+
+
+def delta_bias(model: nn.Module, layer_path: str, name: str | None = None) -> Tensor:
+    """b' - b (d_out,) in float32, of adapter `name` or of all on that layer, at their coefficients; b = 0 where there is none.
+
+    Raises LoraLiteError for a layer without such an adapter and for variants that are not linear maps.
+    """
+    layer, adapters = on_layer(model, layer_path, name)
+    _, shifted, _ = effective(layer, adapters)
+    return (shifted - (0 if layer.bias is None else layer.bias.detach().double())).float()
+
+
+def on_layer(model: nn.Module, layer_path: str, name: str | None) -> tuple[Layer, list[Adapter]]:
+    """The layer at that path and its adapters, of that name or all."""
     found = [f for f in runtime.adapters(model, name) if f.path == layer_path]
     if not found:
         raise LoraLiteError(
@@ -100,13 +63,33 @@ def delta_weight(model: nn.Module, layer_path: str, name: str | None = None) -> 
             fix="ll.status(model)",
         )
     refuse_unmergeable(found)
-    adapted, _, W = effective(found[0].layer, [f.adapter for f in found])
-    return (adapted - W).float()
+    return found[0].layer, [f.adapter for f in found]
 
 
-def merge(model: nn.Module, name: str | None = None) -> None:
+def refuse_packed(found: list[runtime.Found], dense: bool | torch.dtype) -> None:
+    for f in found:
+        if is_packed(f.layer) and not dense:
+            raise LoraLiteError(
+                f"The weight of {f.path} is quantised.",
+                expected="Rounding the merged weight to its format again would alter it.",
+                found=f"It is stored as {parts(f.layer)[0]}.",
+                fix="ll.merge(model, dense=True)  # a dense layer in its place, until ll.unmerge(model)",
+            )
+        if is_packed(f.layer) and "forward" in vars(f.layer):
+            raise LoraLiteError(
+                f"The forward of {f.path} was replaced by another library, and reads a quantised weight.",
+                expected="A layer that runs its own forward.",
+                fix="accelerate.hooks.remove_hook_from_module(model, recurse=True)  # where it was accelerate",
+            )
+
+
+def merge(model: nn.Module, name: str | None = None, *, dense: bool | torch.dtype = False) -> None:
     """Fold adapter `name`, or all, into new weight storage at the current coefficients; `unmerge` gives the old one back.
 
+    dense  what becomes of a quantised layer: False refuses it, a dtype makes it a dense Linear of that dtype until `unmerge`,
+           True takes the dtype of its weight, where that is packed in integers that of the model's first dense parameter
+
+    Beside the old weights, which are kept, memory holds the new ones in their own dtype and one layer at a time in float64.
     Raises LoraLiteError, before any layer is changed, for variants that are not linear maps, per-sample coefficients, an
     adapter merged already, a quantised layer, and a choice that leaves an adapter of the layer unmerged.
     """
@@ -116,7 +99,7 @@ def merge(model: nn.Module, name: str | None = None) -> None:
     for f in chosen:
         by_layer.setdefault(f.path, []).append(f)
     refuse_unmergeable(chosen)
-    refuse_packed(chosen)
+    refuse_packed(chosen, dense)
     for f in runtime.adapters(model):
         if f.path in by_layer and all(f.adapter is not c.adapter for c in by_layer[f.path]):
             raise LoraLiteError(
@@ -124,11 +107,11 @@ def merge(model: nn.Module, name: str | None = None) -> None:
                 expected="The adapters of a layer act in order and are merged together.",
                 fix=f"ll.merge(model)  # or ll.detach(model, {f.name!r}) first",
             )
-    new = {path: effective(found[0].layer, [f.adapter for f in found])[:2] for path, found in by_layer.items()}
-    for path, (weight, bias) in new.items():
-        dtype = by_layer[path][0].layer.weight.dtype
-        if not (weight.to(dtype).isfinite().all() and bias.to(dtype).isfinite().all()):
-            raise LoraLiteError(f"The merged weight of {path} overflows {dtype}.", fix="model.bfloat16()  # or model.float()")
+    new = {}
+    for path, found in by_layer.items():
+        layer = found[0].layer
+        dtype = dense if isinstance(dense, torch.dtype) and is_packed(layer) else dense_dtype(model, layer)
+        new[path] = merged(path, layer, [f.adapter for f in found], dtype)
     try:
         for path, found in by_layer.items():
             swap(found, *new[path])
@@ -137,20 +120,46 @@ def merge(model: nn.Module, name: str | None = None) -> None:
         raise
 
 
-def swap(found: list[runtime.Found], weight: Tensor, bias: Tensor) -> None:
+def dense_dtype(model: nn.Module, layer: Layer) -> torch.dtype:
+    """Of the layer's weight, or of the model's first dense parameter where the weight is packed in integers."""
+    if layer.weight.is_floating_point():
+        return layer.weight.dtype
+    own = (p for m in model.modules() if not isinstance(m, Adapter) for p in m.parameters(recurse=False))
+    return next((p.dtype for p in own if p.is_floating_point()), torch.get_default_dtype())
+
+
+def merged(path: str, layer: Layer, adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """W' in that dtype, as the layer stores its weight, and b' or None where there is neither a bias nor a change of it."""
+    W, b, _ = effective(layer, adapters)
+    weight = (W.T if is_conv1d(layer) else W).to(dtype).contiguous()
+    bias = (
+        b.to(dtype if layer.bias is None or is_packed(layer) else layer.bias.dtype)
+        if layer.bias is not None or b.any()
+        else None
+    )
+    if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+        raise LoraLiteError(
+            f"The merged weight of {path} overflows {weight.dtype}.", fix="model.bfloat16()  # or model.float()"
+        )
+    return weight, bias
+
+
+def swap(found: list[runtime.Found], weight: Tensor, bias: Tensor | None) -> None:
     """Hang new weight and bias on one layer; its adapters keep the original ones and fall idle."""
     layer = found[0].layer
-    dtype = layer.weight.dtype
     for f in found:
-        f.adapter.original = (layer.weight, layer.bias)
-    layer.weight = nn.Parameter((weight.T if is_conv1d(layer) else weight).to(dtype).contiguous(), requires_grad=False)
-    if layer.bias is not None or bias.any():
-        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        f.adapter.original = Original(layer.weight, layer.bias, type(layer))
+    if is_packed(layer) and type(layer).forward is not nn.Linear.forward:
+        layer.__class__ = nn.Linear  # the layer's own forward reads packed weights only
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def unmerge(model: nn.Module) -> None:
     """Put back the original weights, the very same tensors, of every merged layer."""
     for f in runtime.adapters(unwrapped(model)):
         if f.adapter.original is not None:
-            f.layer.weight, f.layer.bias = f.adapter.original
+            f.layer.__class__ = f.adapter.original.kind
+            f.layer.weight, f.layer.bias = f.adapter.original[:2]
             f.adapter.original = None

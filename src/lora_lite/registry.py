@@ -138,14 +138,14 @@ def discover() -> None:
 def names() -> list[str]:
     """Names of all registered variants, sorted."""
     discover()
-    return sorted(_classes)
+    return sorted(name for name, cls in _classes.items() if cls.listed)
 
 
 def get(name: str) -> type[Adapter]:
     """The variant class of that name. Raises LoraLiteError with the closest name."""
     discover()
     if name not in _classes:
-        raise LoraLiteError(f"There is no variant {name!r}.", found=closest(str(name), _classes), fix="ll.names()")
+        raise LoraLiteError(f"There is no variant {name!r}.", found=closest(str(name), names()), fix="ll.names()")
     return _classes[name]
 
 
@@ -157,7 +157,7 @@ def config(name: str, **fields: object) -> AdapterConfig:
 def config_classes() -> dict[str, type[AdapterConfig]]:
     """{class name: config class} of all registered variants."""
     discover()
-    return {cls.Config.__name__: cls.Config for cls in _classes.values()}
+    return {cls.Config.__name__: cls.Config for cls in _classes.values() if cls.listed}
 
 
 def config_class(name: str) -> type[AdapterConfig]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .errors import LoraLiteError, LoraLiteWarning, closest
+from .groups import gains
 from .linalg import distinct
 from .targets import Layer, plain, unwrapped
 
@@ -99,35 +100,57 @@ def the_name(model: nn.Module, name: str | None) -> str:
 class Scaling:
     """A coefficient set on adapters; leaving it as a context manager puts the old ones back."""
 
-    def __init__(self, chosen: list[Adapter], coeff: float | Tensor):
-        self.coeff, self.values = coeff, None
+    def __init__(self, chosen: list[Adapter], coeff: float | Tensor, common: float | Tensor | None = None):
+        self.coeff, self.common, self.values = coeff, common, None
         if isinstance(coeff, Tensor) and not coeff.requires_grad:
             self.coeff = coeff.clone()  # what the caller writes into it later would not be among the values
             self.values = distinct(coeff)
-        self.before = [(adapter, adapter.coeff, adapter.values) for adapter in chosen]
+        self.before = [(adapter, adapter.coeff, adapter.common, adapter.values) for adapter in chosen]
         self.__enter__()
 
     def __enter__(self) -> "Scaling":
         for adapter, *_ in self.before:
-            adapter.take(self.coeff)
+            adapter.take(self.coeff, self.common)
             adapter.values = self.values
         return self
 
     def __exit__(self, *error: object) -> None:
-        for adapter, coeff, values in self.before:
-            adapter.take(coeff)
+        for adapter, coeff, common, values in self.before:
+            adapter.take(coeff, common)
             adapter.values = values
 
 
-def scale(model: nn.Module, coeff: float | Tensor, *, name: str | None = None) -> Scaling:
+class GroupScaling:
+    """A coefficient for each adapter; leaving it as a context manager puts the old ones back."""
+
+    def __init__(self, parts: list[Scaling]):
+        self.parts = parts
+
+    def __enter__(self) -> "GroupScaling":
+        for part in self.parts:
+            part.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for part in self.parts:
+            part.__exit__()
+
+
+def scale(model: nn.Module, coeff: float | Tensor | Mapping[str, float], *, name: str | None = None) -> Scaling | GroupScaling:
     """Set the runtime coefficient of adapter `name`, or of all, at once: 1 is the trained adapter, 0 the base model.
 
     coeff  a number, or a tensor aligned with the leading axes of the activations: (batch,) one value per sample,
-           (batch, time) one per token. It is copied, unless it requires a gradient
+           (batch, time) one per token. It is copied, unless it requires a gradient. Or {"layers.0-7": 0.25, "o_proj": 0.5}:
+           gains g by module pattern (see groups.py), 1 where none matches; each layer runs at c g, c being the coefficient
+           last set for all layers
     `with ll.scale(model, 0.5): ...` puts the old coefficients back on leaving. Under gradient checkpointing call backward
     inside the block: the recomputation runs with the coefficient of its own time.
     Raises LoraLiteError for a coefficient that is neither, or not finite, for a merged adapter and for a model without one.
     """
+    if isinstance(coeff, Mapping):
+        found = present(model, name)
+        gain = gains(coeff, [f.path for f in found])
+        return scaled(found, lambda f: gain[f.path])
     if isinstance(coeff, Tensor):
         coeff = float(coeff) if coeff.ndim == 0 and not coeff.requires_grad else coeff
     elif isinstance(coeff, bool) or not isinstance(coeff, (int, float)):
@@ -138,14 +161,27 @@ def scale(model: nn.Module, coeff: float | Tensor, *, name: str | None = None) -
     if not values.isfinite().all():
         raise LoraLiteError(f"coeff={coeff} is not finite.", expected="Finite numbers.", fix="ll.scale(model, 1.0)")
     chosen = [found.adapter for found in present(model, name)]
+    refuse_scaling_merged(chosen)
+    for adapter in {adapter.variant: adapter for adapter in chosen}.values():
+        warn_outside(adapter, values)
+    return Scaling(chosen, coeff)
+
+
+def scaled(found: list[Found], gain: Callable[[Found], float]) -> GroupScaling:
+    """Set c g for every adapter: c is the coefficient last set for all its layers, g its gain."""
+    refuse_scaling_merged([f.adapter for f in found])
+    common = [f.adapter.coeff if f.adapter.common is None else f.adapter.common for f in found]
+    for f, c in zip(found, common):
+        warn_outside(f.adapter, torch.as_tensor(c).detach() * gain(f))
+    return GroupScaling([Scaling([f.adapter], c * gain(f), c) for f, c in zip(found, common)])
+
+
+def refuse_scaling_merged(chosen: list[Adapter]) -> None:
     if any(adapter.original is not None for adapter in chosen):
         raise LoraLiteError(
             "A merged adapter cannot be scaled or disabled: its change is in the weights.",
             fix="ll.unmerge(model); ll.scale(model, coeff); ll.merge(model)",
         )
-    for adapter in {adapter.variant: adapter for adapter in chosen}.values():
-        warn_outside(adapter, values)
-    return Scaling(chosen, coeff)
 
 
 def warn_outside(adapter: Adapter, values: Tensor) -> None:
