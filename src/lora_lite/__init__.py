@@ -9,6 +9,8 @@ from .errors import LoraLiteError, LoraLiteWarning
 from .groups import thirds
 from .io import load, save
 from .merge import delta_bias, delta_weight, merge, unmerge
+from .peft_export import export_peft
+from .peft_import import load_peft
 from .registry import config, get, names, register
 from .router import Routing, frontier, route
 from .routes import format_route, parse_route
