@@ -1,4 +1,5 @@
-"""python -m lora_lite list | show NAME | inspect FILE | check NAME | new NAME"""
+"""python -m lora_lite list | show NAME | inspect PATH | check NAME | new NAME
+| export ADAPTER FOLDER | import FOLDER FILE | merge ADAPTER FOLDER, these with --base MODEL"""
 
 import argparse
 import dataclasses
@@ -9,7 +10,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from . import registry
+from . import on_folders, registry
 from .errors import LoraLiteError
 from .io import read
 
@@ -34,7 +35,9 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """What a checkpoint holds, without a model."""
+    """What a checkpoint or a PEFT folder holds, without a model."""
+    if Path(arguments.file).is_dir():
+        return on_folders.inspect_folder(Path(arguments.file))
     header, tensors = read(arguments.file)
     for field in ("variant", "name", "version"):
         print(f"{field:10} {header[field]}")
@@ -99,12 +102,24 @@ def main() -> None:
 
     command("list", list_variants, "names and one line of every registered variant")
     command("show", show, "formula, start, cost and options of a variant", "name")
-    command("inspect", inspect, "variant, config and tensors of a checkpoint", "file")
+    command("inspect", inspect, "variant, config and tensors of a checkpoint, or of a PEFT folder", "file")
     command("check", check, "run the conformance suite on a variant", "name")
     writer = command("new", new, "write a variant file, its test and its review page from templates", "name")
     writer.add_argument("--folder", type=Path, default=Path("src/lora_lite/variants"))
     writer.add_argument("--tests", type=Path, default=Path("tests/fidelity"))
     writer.add_argument("--reviews", type=Path, default=Path("docs/reviews"))
+    exporter = command("export", on_folders.export, "write a checkpoint as a PEFT folder", "adapter", "folder")
+    exporter.add_argument("--rank", type=int, help="plain LoRA of this rank")
+    exporter.add_argument("--plain", action="store_true", help="plain LoRA also where PEFT has the method")
+    exporter.add_argument("--limit", type=float, default=0.1, help="largest share of a layer's change to cut off (0.1)")
+    importer = command("import", on_folders.load, "write a PEFT folder as a checkpoint", "folder", "file")
+    importer.add_argument("--name", default="default", help="of the adapter in the checkpoint")
+    merger = command("merge", on_folders.merged, "write the base model with the adapter in its weights", "adapter", "folder")
+    for sub in (exporter, importer, merger):
+        sub.add_argument("--base", type=Path, required=True, help="folder of the base model, as transformers saves it")
+        sub.add_argument("--dtype", default="auto", help="of the base model: auto (as saved), float32, bfloat16")
+    for sub in (exporter, merger):
+        sub.add_argument("--any-base", action="store_true", help="also on a base with other weights than those of the training")
     arguments = parser.parse_args()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command quietly

@@ -6,6 +6,7 @@ adapted layer's own matrix: W' - W = B A with scale 1, exact where the variant's
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -187,19 +188,20 @@ def as_plain_lora(
         )
     r = rank or max(most for most in bounds.values() if most)
     pieces: dict[str, tuple[Tensor, Tensor]] = {}
-    errors, biases = {}, {}
+    errors, needs, biases = {}, {}, {}
+    allowed = EXACT if rank is None else max(limit, EXACT)
     for path, group in by_layer.items():
         adapted, bias, W = effective(group[0].layer, [f.adapter for f in group])
         old = group[0].layer.bias
-        pieces[path], errors[path] = factored(adapted - W, r, float(torch.finfo(torch.float32).eps * W.norm()))
+        floor = float(torch.finfo(torch.float32).eps * W.norm())  # a change below it is rounding
+        pieces[path], errors[path], needs[path] = factored(adapted - W, r, floor, allowed)
         biases[path] = bias if old is None else bias - old.detach().double()
-    allowed = EXACT if rank is None else max(limit, EXACT)
     if above := {path: error for path, error in errors.items() if not error <= allowed}:
         path, worst = max(above.items(), key=lambda item: item[1])
         raise LoraLiteError(
             f"rank={r} cuts off {worst:.2g} of the change of {path}, and more than limit={allowed:g} in {len(above)} layers.",
-            expected=f"There |W' - W| is within the limit from rank {needed(by_layer[path], allowed)} on.",
-            fix=f"ll.export_peft(model, folder, rank={needed(by_layer[path], allowed)})  # or limit={worst * 1.1:.1g}",
+            expected=f"Every layer is within the limit from rank {max(needs.values())} on.",
+            fix=f"ll.export_peft(model, folder, rank={max(needs.values())})  # or limit={math.ceil(20 * worst) / 20}",
         )
     moved = {p: b for p, b in biases.items() if float(b.abs().max()) > 1e-12 * (1 + float(by_layer[p][0].layer.weight.norm()))}
     tensors: dict[str, Tensor] = {}
@@ -222,34 +224,26 @@ def bound(group: list[runtime.Found]) -> int | None:
     return None if None in ranks else min(sum(ranks), group[0].adapter.d_in, group[0].adapter.d_out)  # type: ignore[arg-type]
 
 
-def factored(D: Tensor, r: int, floor: float) -> tuple[tuple[Tensor, Tensor], float]:
-    """((A (r, i), B (o, r)) in float32 with B A = D as well as rank r allows, |D - B A| / max(|D|, floor)).
+def factored(D: Tensor, r: int, floor: float, limit: float) -> tuple[tuple[Tensor, Tensor], float, int]:
+    """((A (r, i), B (o, r)) in float32 with B A = D as well as rank r allows, |D - B A| / max(|D|, floor), rank for `limit`).
 
-    A random projection finds the column space where the rank of D is at most r; what it leaves over is measured, and then the
-    full decomposition cuts best.
+    A random projection finds the column space where the rank of D is at most r; what it leaves over is measured, and only
+    where there is something the full decomposition follows, which cuts best.
     """
     o, i = D.shape
     k = min(r, o, i)
+    scale = max(float(D.norm()), floor)
     generator = torch.Generator().manual_seed(0)
     Q = torch.linalg.qr(D @ torch.randn(i, min(k + 8, i), generator=generator, dtype=D.dtype).to(D.device)).Q
-    scale = max(float(D.norm()), floor)
-    if float((D - Q @ (Q.T @ D)).norm()) <= 1e-9 * scale:
-        U, S, Vh = torch.linalg.svd(Q.T @ D, full_matrices=False)
-        U = Q @ U
-    else:
-        U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+    inside = float((D - Q @ (Q.T @ D)).norm()) <= 1e-9 * scale
+    U, S, Vh = torch.linalg.svd(Q.T @ D if inside else D, full_matrices=False)
+    U = Q @ U if inside else U
     root = S[:k].sqrt()
     A, B = D.new_zeros(r, i).float(), D.new_zeros(o, r).float()
     A[:k], B[:, :k] = root[:, None] * Vh[:k], U[:, :k] * root
-    return (A, B), float((D - B.double() @ A.double()).norm()) / scale if scale else 0.0
-
-
-def needed(group: list[runtime.Found], limit: float) -> int:
-    """The smallest rank that cuts off no more than `limit` of this layer's change."""
-    adapted, _, W = effective(group[0].layer, [f.adapter for f in group])
-    S = torch.linalg.svdvals(adapted - W)
-    left = S.square().flip(0).cumsum(0).flip(0).sqrt() / S.norm()  # left[k]: what rank k leaves over
-    return max(1, int((left > limit).sum()))
+    left = S.square().flip(0).cumsum(0).flip(0).sqrt()  # left[k]: what rank k leaves over
+    needed = max(1, int((left > limit * scale).sum()))
+    return (A, B), float((D - B.double() @ A.double()).norm()) / scale if scale else 0.0, needed
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------------

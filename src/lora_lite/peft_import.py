@@ -125,7 +125,25 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise LoraLiteError(f"{folder} cannot be read: {error}.", expected="A folder written to its end.", fix=fix) from error
     if not isinstance(options, dict) or not isinstance(options.get("peft_type"), str):
         raise LoraLiteError(f"{folder / CONFIG} has no peft_type.", expected="The config of a PEFT adapter.", fix=fix)
+    for option, value in options.items():
+        if not readable(option, value):
+            raise LoraLiteError(f"{folder / CONFIG}: {option}={value!r} cannot be read.", fix=fix)
     return options, tensors
+
+
+def readable(option: str, value: Any) -> bool:
+    """Whether an option that selects layers has the form that PEFT gives it; its regular expressions must compile."""
+    if value is None or not option.endswith(("_modules", "_pattern", "_to_transform")):
+        return True
+    if option == "layers_to_transform":
+        return isinstance(value, int) or (isinstance(value, list) and all(isinstance(k, int) for k in value))
+    if option in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(value, dict) or not all(isinstance(v, (int, float)) for v in value.values()):
+            return False
+    try:
+        return all(re.compile(part) for part in ([value] if isinstance(value, str) else value))
+    except (TypeError, re.error):
+        return False
 
 
 def plan(model: nn.Module, folder: Path, options: Options, tensors: dict[str, Tensor]) -> list[Part]:
@@ -158,10 +176,10 @@ def plan(model: nn.Module, folder: Path, options: Options, tensors: dict[str, Te
         if not mine:
             continue
         chosen = {path: stored[path] for path in mine} | ({"": stored[""]} if "" in stored else {})
-        chosen = layout.prepare(options, chosen, widths)
         cls = registry.get(variant)
         cfg = config(cls, layout, options, chosen, mine)
-        parts.append(Part(layout, cls, cfg, find_targets(model, cfg), chosen))
+        targets = find_targets(model, cfg)
+        parts.append(Part(layout, cls, cfg, targets, layout.prepare(options, chosen, widths)))
     return parts
 
 

@@ -102,7 +102,7 @@ def listed(names: Any, path: str) -> bool:
 
 def targeted(options: Options, path: str) -> bool:
     """Whether target_modules, exclude_modules, layers_to_transform and layers_pattern of PEFT select this path."""
-    names, blocks = options.get("target_modules"), options.get("layers_to_transform")
+    names, blocks = options.get("target_modules") or (), options.get("layers_to_transform")
     if listed(options.get("exclude_modules"), path) or not listed(names, path):
         return False
     if blocks in (None, []) or (not isinstance(names, str) and path in names):

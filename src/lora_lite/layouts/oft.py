@@ -44,7 +44,7 @@ def deduced(options: Options, stored: Stored) -> dict[str, int | None]:
 LAYOUT = Layout(
     peft_type="OFT",
     tensors={"q": Key(WEIGHT, write=torch.neg, read=torch.neg)},
-    unread=("r oft_block_size eps block_share use_cayley_neumann num_cayley_neumann_terms init_weights").split(),
+    unread=tuple("r oft_block_size eps block_share use_cayley_neumann num_cayley_neumann_terms init_weights".split()),
     derived=lambda adapter: {"r": 0, "oft_block_size": adapter.d_in // len(adapter.q), "use_cayley_neumann": False},
     deduced=deduced,
     prepare=prepare,
