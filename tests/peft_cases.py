@@ -81,4 +81,4 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def distance(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).norm() / want.norm())
+    return float((got - want).detach().norm() / want.detach().norm())
