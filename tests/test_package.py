@@ -45,8 +45,10 @@ model = torch.nn.Sequential(torch.nn.Linear(8, 8))
 for name in ("lora", "pissa", "hra"):
     handle = ll.attach(model, ll.config(name, r=2))
     ll.save(model, "a.safetensors")
+    ll.export_peft(model, name)
     handle.detach()
     ll.load(model, "a.safetensors").detach()
+    ll.load_peft(model, name).detach()
 """
     ran = python("-c", code, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr

@@ -295,3 +295,15 @@ def test_the_config_says_what_the_base_was(tmp_path):
 def test_report_of_an_exact_export_is_one_line():
     assert str(Exported(Path("a"), "HRA", None, {}, ())) == "a: PEFT's own HRA, exact"
     assert str(Exported(Path("a"), "LORA", 8, {"q": 1e-8}, ())) == "a: plain LoRA of rank 8, scale 1, exact"
+
+
+def test_guide_runs(tmp_path):
+    from tests.guide import blocks
+
+    names = {"ll": ll, "torch": torch, "model": qwen(), "folder": tmp_path}
+    out, cut, back, parts = blocks("peft")
+    exec(out, names)
+    assert str(names["report"]).endswith("adapter: plain LoRA of rank 8, scale 1, exact")
+    for block in (cut, back, parts):
+        exec(block, names)
+    assert (tmp_path / "style.safetensors").exists()

@@ -23,6 +23,7 @@ from . import runtime
 from .adapter import Adapter
 from .errors import LoraLiteError, some
 from .io import serialized, write_atomically
+from .linalg import is_finite
 from .merge import effective, refuse_unmergeable
 from .peft_layout import Layout, exactly, layouts
 from .targets import is_conv1d, unwrapped
@@ -297,7 +298,7 @@ def write_folder(folder: Path, options: dict[str, Any], tensors: dict[str, Tenso
     content = {
         k: (t.detach().float() if t.dtype == torch.float64 else t.detach()).cpu().contiguous() for k, t in tensors.items()
     }
-    if bad := [key for key, tensor in content.items() if not tensor.isfinite().all()]:
+    if bad := [key for key, tensor in content.items() if not is_finite(tensor)]:
         raise LoraLiteError(f"{some(bad)} is not finite.", expected="Finite numbers.", fix="ll.status(model)")
     with new_folder(folder) as place:
         write_atomically(place / TENSORS, serialized(content, {"format": "pt"}))

@@ -16,6 +16,7 @@ from .adapter import Adapter
 from .attach import Attached, build_all, handle, install, refuse_name, refuse_unready
 from .config import AdapterConfig
 from .errors import LoraLiteError, LoraLiteWarning, closest, some
+from .linalg import is_finite
 from .peft_export import CONFIG, PREFIX, TENSORS
 from .peft_layout import INERT, Key, Layout, Options, Stored, layouts, pattern_value, targeted
 from .targets import Layer, dense_weight, find_targets, linears, sizes, unwrapped
@@ -38,6 +39,22 @@ class Part:
     stored: Stored
 
 
+class Together(runtime.Scaling):
+    """Several settings that go and come back as one."""
+
+    def __init__(self, settings: list[runtime.Scaling]):
+        self.settings = settings
+
+    def __enter__(self) -> "Together":
+        for setting in self.settings:
+            setting.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for setting in self.settings:
+            setting.__exit__(*error)
+
+
 class AttachedParts(Attached):
     """Handle of a folder that two variants read, each under a name of its own; `parts` are their handles.
 
@@ -55,17 +72,14 @@ class AttachedParts(Attached):
         )
 
     def scale(self, coeff: float | Tensor) -> runtime.Scaling:
-        chosen = [adapter for adapter in self.layers.values()]
-        before = [(adapter, adapter.coeff) for adapter in chosen]
+        settings: list[runtime.Scaling] = []
         try:
-            settings = [part.scale(coeff) for part in self.parts]
+            for part in self.parts:
+                settings.append(part.scale(coeff))
         except BaseException:
-            for adapter, old in before:
-                adapter.coeff = old
+            Together(settings).__exit__()
             raise
-        whole = runtime.Scaling(chosen, settings[0].coeff)
-        whole.before = before
-        return whole
+        return Together(settings)
 
     def detach(self) -> None:
         for part in self.parts:
@@ -302,7 +316,7 @@ def taken(key: Key, held: dict[str, Tensor], place: Tensor, where: str, problems
         problems.append(f"missing {where}{key.name}")
     elif tuple(tensor.shape) != shape:
         problems.append(f"{where}{key.name} has shape {tuple(tensor.shape)}, the config and the layer say {shape}")
-    elif not (tensor.is_floating_point() and tensor.isfinite().all()):
+    elif not (tensor.is_floating_point() and is_finite(tensor)):
         problems.append(f"{where}{key.name} is {'not finite' if tensor.is_floating_point() else tensor.dtype}")
     else:
         return key.read(tensor.to(torch.promote_types(tensor.dtype, torch.float32))).reshape(place.shape)
