@@ -136,10 +136,9 @@ def as_native(found: list[runtime.Found]) -> tuple[dict[str, Any], dict[str, Ten
     for f in found:
         layout, a = known[f.adapter.variant], f.adapter
         each[f.path] = native_options(layout, a)
-        held = dict(a.state_dict())
         for name, key in layout.tensors.items():
-            if name in held:
-                tensors[f"{PREFIX}model.{f.path}.{key.name}"] = key.write(held[name])
+            if name in a.specs():
+                tensors[f"{PREFIX}model.{f.path}.{key.name}"] = key.write(getattr(a, name))
         for name, key in layout.shared.items():
             tensors[f"{PREFIX}{key.name}"] = key.write(a.shared[name].tensor)
     layout, first = known[found[0].adapter.variant], found[0].adapter.group.cfg

@@ -252,7 +252,7 @@ def refuse_other_targets(model: nn.Module, folder: Path, options: Options, paths
     if names is None:
         return
     if isinstance(names, str) and names.lower() == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
         wanted = {path for path, layer in linears(unwrapped(model)).items() if layer is not head}
     else:
         wanted = {path for path in linears(unwrapped(model)) if targeted(options, path)}
@@ -268,7 +268,7 @@ def refuse_other_targets(model: nn.Module, folder: Path, options: Options, paths
 
 def config(cls: type[Adapter], layout: Layout, options: Options, stored: Stored, paths: list[str]) -> AdapterConfig:
     """Our config of these layers, which are named one by one."""
-    fields = {ours: options[theirs] for ours, theirs in layout.options.items() if theirs in options}
+    fields = {ours: options[theirs] for ours, theirs in layout.options.items() if options.get(theirs) is not None}
     if absent := [layout.options[ours] for ours in ("r", "alpha") if ours in layout.options and ours not in fields]:
         raise LoraLiteError(f"{CONFIG} leaves out {some(absent)}.", fix="peft_model.save_pretrained(folder)")
     fields |= layout.only | layout.deduced(options, stored)
@@ -301,7 +301,7 @@ def filled(folder: Path, part: Part, options: Options) -> dict[str, Adapter]:
         )
     shared.fill(adapters, values[""])
     for path, adapter in adapters.items():
-        if not adapter.own_state().keys() <= values[path].keys() | common.keys():
+        if adapter.specs().keys() - values[path].keys() - common.keys():
             adapter.init(dense_weight(part.targets[path]))
         for name, value in values[path].items():
             getattr(adapter, name).copy_(value)

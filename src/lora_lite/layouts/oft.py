@@ -17,27 +17,31 @@ def series(X: torch.Tensor, terms: int) -> torch.Tensor:
     return R
 
 
+def rotations(stored: Stored) -> dict[str, torch.Tensor]:
+    """{path: rows of numbers above a diagonal}; what has another shape is left to the check of shapes."""
+    found = {path: tensors[WEIGHT] for path, tensors in stored.items() if WEIGHT in tensors}
+    return {path: q for path, q in found.items() if q.ndim == 2 and (b := block_size(q.shape[1])) * (b - 1) == 2 * q.shape[1]}
+
+
 def prepare(options: Options, stored: Stored, sizes: Sizes) -> Stored:
-    rows = {path: tensors[WEIGHT] for path, tensors in stored.items() if WEIGHT in tensors}
+    rows = rotations(stored)
     if options.get("use_cayley_neumann", True):
         for path, q in rows.items():
-            X = skew(q.double(), block_size(q.shape[-1]))
-            off = float(
-                (series(X, options.get("num_cayley_neumann_terms", 5)) - torch.eye(X.shape[-1]) - cayley_shift(X)).abs().max()
-            )
-            if not off < 1e-6:
+            X = skew(q.double(), block_size(q.shape[1]))
+            eye, terms = torch.eye(X.shape[-1]), options.get("num_cayley_neumann_terms", 5)
+            if not (off := float((series(X, terms) - eye - cayley_shift(X)).abs().max())) < 1e-6:
                 raise LoraLiteError(
                     f"use_cayley_neumann=True: at {path} the truncated series is {off:.1e} away from a rotation.",
                     expected="Here R is orthogonal, so only a series that has converged to 1e-6 can be represented.",
                     fix="OFTConfig(use_cayley_neumann=False)  # in PEFT, and train again",
                 )
         rows = {path: -q for path, q in rows.items()}
-    whole = {path: repeated(q, sizes[path][0] // block_size(q.shape[-1])) for path, q in rows.items()}
-    return {path: tensors | ({WEIGHT: whole[path]} if path in whole else {}) for path, tensors in stored.items()}
+    whole = {path: {WEIGHT: repeated(q, sizes[path][0] // block_size(q.shape[1]))} for path, q in rows.items()}
+    return {path: tensors | whole.get(path, {}) for path, tensors in stored.items()}
 
 
 def deduced(options: Options, stored: Stored) -> dict[str, int | None]:
-    found = {block_size(tensors[WEIGHT].shape[-1]) for tensors in stored.values() if WEIGHT in tensors}
+    found = {block_size(q.shape[1]) for q in rotations(stored).values()}
     return {"block_size": found.pop() if len(found) == 1 else None}
 
 
