@@ -60,6 +60,12 @@ def test_the_coefficient_is_part_of_the_numbers(variant, coeff, tmp_path):
     assert distance(in_peft(qwen, tmp_path / "a"), logits(model)) < TOLERANCE
 
 
+def test_a_form_of_lora_that_peft_lacks_leaves_as_plain_lora_of_its_own_rank(tmp_path):
+    model, _ = attached("lora", init="orthogonal")
+    assert ll.export_peft(model, tmp_path / "a").rank == 16
+    assert distance(in_peft(qwen, tmp_path / "a"), logits(model)) < TOLERANCE
+
+
 def test_several_adapters_leave_as_one(tmp_path):
     model, _ = attached("lora")
     perturb(ll.attach(model, ll.config("hra", r=4, targets=("q_proj", "k_proj")), name="turn"))
