@@ -272,6 +272,14 @@ def test_states_that_have_no_export_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_layer_without_a_path_is_refused(tmp_path):
+    layer = nn.Linear(8, 8)
+    ll.attach(layer, ll.config("lora", r=2))
+    with pytest.raises(ll.LoraLiteError, match="The model itself is the adapted layer"):
+        ll.export_peft(layer, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_map_that_is_not_linear_is_refused(tmp_path):
     from tests.test_faults import Sound
 

@@ -86,14 +86,20 @@ def export_peft(
     found = runtime.present(model, name)
     runtime.refuse_other_root(found)
     runtime.refuse_merged(model)
+    if any(not f.path for f in found):
+        raise LoraLiteError(
+            "The model itself is the adapted layer.",
+            expected="PEFT names a layer by its path in a model.",
+            fix="ll.attach(torch.nn.Sequential(layer), cfg)",
+        )
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise LoraLiteError(f"rank={rank!r} is no rank.", expected="An integer of at least 1, or None.", fix="rank=16")
-    obstacle = "plain LoRA was asked for" if plain or rank is not None else native_obstacle(model, found)
+    obstacle = "plain LoRA was asked for" if plain or rank is not None else native_obstacle(found)
     by_layer: ByLayer = {}
     for f in found:
         by_layer.setdefault(f.path, []).append(f)
     if obstacle:
-        options, tensors, errors, notes = as_plain_lora(model, by_layer, rank, limit, obstacle)
+        options, tensors, errors, notes = as_plain_lora(by_layer, rank, limit, obstacle)
     else:
         (options, tensors), errors, notes = as_native(found), {}, ()
     write_folder(folder, finished(model, by_layer, options), tensors)
@@ -103,7 +109,7 @@ def export_peft(
 # --- PEFT's own form --------------------------------------------------------------------------------------------------------
 
 
-def native_obstacle(model: nn.Module, found: list[runtime.Found]) -> str:
+def native_obstacle(found: list[runtime.Found]) -> str:
     """Why PEFT has no form of its own for these adapters; '' where it has one."""
     known = layouts()
     for f in found:
@@ -173,7 +179,7 @@ def native_options(layout: Layout, a: Adapter) -> dict[str, Any]:
 
 
 def as_plain_lora(
-    model: nn.Module, by_layer: ByLayer, rank: int | None, limit: float, obstacle: str
+    by_layer: ByLayer, rank: int | None, limit: float, obstacle: str
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float], tuple[str, ...]]:
     """(options, tensors, errors, notes) with one rank for all layers, since vLLM reads no rank_pattern; zeros fill up."""
     found = [f for group in by_layer.values() for f in group]
