@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lora_lite.peft_export import Exported
 from lora_lite.peft_import import read_folder
 from lora_lite.peft_layout import layouts
 from lora_lite.testing import toy
+from tests import compat_quantised as kinds
 from tests.compat_peft import SQUARE, TOLERANCE, attached, check_export, perturb
 from tests.peft_cases import NAMES, distance, gpt2, in_peft, logits, peft, quietly, qwen
 
@@ -111,6 +113,25 @@ def test_a_bias_that_moves_goes_along_and_is_said(base, tmp_path):
     assert "the bias moves too" in str(written)
     assert read_folder(tmp_path / "a")[0]["lora_bias"] is True
     assert distance(in_peft(base, tmp_path / "a"), logits(model)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["eight_bit", "four_bit", "int8"])
+def test_a_quantised_base_exports_the_change_of_its_dequantised_weights(kind, tmp_path):
+    pytest.importorskip("torchao" if kind == "int8" else "bitsandbytes")
+
+    def base():
+        return getattr(kinds, kind)(kinds.pair())
+
+    model, x = base(), toy.inputs(2, kinds.WIDTH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bitsandbytes on its casts
+        perturb(ll.attach(model, ll.config("pissa", r=4)))
+        ll.export_peft(model, tmp_path / "a")
+        again = base()
+        handle = ll.load_peft(again, tmp_path / "a")
+        assert distance(again(x), model(x)) < TOLERANCE
+        with handle.scale(0.0):
+            assert distance(again(x), model(x)) > 0.02
 
 
 # --- cut to a rank ------------------------------------------------------------------------------------------------------

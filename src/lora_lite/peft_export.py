@@ -194,7 +194,7 @@ def as_plain_lora(
         )
     r = rank or max(most for most in bounds.values() if most)
     pieces: dict[str, tuple[Tensor, Tensor]] = {}
-    errors, needs, biases = {}, {}, {}
+    errors, needs, biases, sizes = {}, {}, {}, {}
     allowed = EXACT if rank is None else max(limit, EXACT)
     for path, group in by_layer.items():
         adapted, bias, W = effective(group[0].layer, [f.adapter for f in group])
@@ -202,6 +202,7 @@ def as_plain_lora(
         floor = float(torch.finfo(torch.float32).eps * W.norm())  # a change below it is rounding
         pieces[path], errors[path], needs[path] = factored(adapted - W, r, floor, allowed)
         biases[path] = bias if old is None else bias - old.detach().double()
+        sizes[path] = 1 + float(W.norm())
     if above := {path: error for path, error in errors.items() if not error <= allowed}:
         path, worst = max(above.items(), key=lambda item: item[1])
         raise LoraLiteError(
@@ -209,7 +210,7 @@ def as_plain_lora(
             expected=f"Every layer is within the limit from rank {max(needs.values())} on.",
             fix=f"ll.export_peft(model, folder, rank={max(needs.values())})  # or limit={math.ceil(20 * worst) / 20}",
         )
-    moved = {p: b for p, b in biases.items() if float(b.abs().max()) > 1e-12 * (1 + float(by_layer[p][0].layer.weight.norm()))}
+    moved = [path for path, b in biases.items() if float(b.abs().max()) > 1e-12 * sizes[path]]
     tensors: dict[str, Tensor] = {}
     for path, (A, B) in pieces.items():
         tensors[f"{PREFIX}model.{path}.lora_A.weight"] = A
