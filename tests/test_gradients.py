@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
 from lora_lite.calibrate import parse, sketch_matrix
-from lora_lite.linalg import nystrom
 from lora_lite.measure import default_loss, measure
 from lora_lite.principal import allotted, principal, required
+from lora_lite.spectrum import nystrom
 from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 from tests.test_calibrate import EXACT, PATHS, batches, double_toy, layers

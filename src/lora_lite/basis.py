@@ -9,8 +9,8 @@ select      those left singular vectors of W that score best on the data, in des
 from .annotations import Any, Float, Tensor
 from .calibrate import EITHER, LABELS, Stats, require_tokens
 from .errors import LoraLiteError
-from .linalg import left_svd
 from .orientation import oriented_left_svd, required
+from .spectrum import left_svd
 
 METRIC = {"svd": "plain", "corda": "sqrt", "corda_full": "full"}
 

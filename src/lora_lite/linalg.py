@@ -5,20 +5,17 @@ Products with activations run in the activations' dtype; factorizations, solves 
 """
 
 import math
-import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .errors import LoraLiteError, LoraLiteWarning
+from .errors import LoraLiteError
 
 MOST_VALUES = 16  # of one coefficient tensor, for maps that are evaluated once per distinct value
-BLOCK = 128  # rows of a symmetric matrix that are worked on at a time
-MOST_ROWS = 1024  # of a matrix that are copied at a time to another precision
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -110,181 +107,6 @@ def per_value(
 def without_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     """y - b, (..., o)."""
     return y if bias is None else y - bias
-
-
-# --- singular vectors -------------------------------------------------------------------------------------------------
-
-
-def left_svd(
-    M: Tensor, r: int, method: Literal["exact", "fast", "auto"] = "exact", smallest: bool = False, tol: float = 1e-3
-) -> tuple[Tensor, Tensor]:
-    """The r leading (or smallest) left singular vectors of M (o, i): U (o, r) orthonormal and S (r,), descending.
-
-    Both go through the Gram matrix of the shorter side.
-
-    exact  in float64, since a float32 Gram matrix fails on the outlier spectra of language models: of few directions by
-           `leading_eigenpairs`, of many, or where that does not converge, by all eigenvectors. Smallest directions of
-           ill-conditioned matrices go through a float64 SVD.
-    fast   in the dtype of M, by `leading_eigenpairs` alone, accepted with its proof that U captures at least 1 - tol of
-           the largest |U^T M|^2 there is, and where |M M^T u_k - s_k^2 u_k| <= s_k^2 sqrt(tol) / 2; else exact, with a warning.
-    auto   fast where r is at most a sixteenth of a shorter side above 2048.
-    Results come in the dtype of M.
-    """
-    shorter = min(M.shape)
-    if not smallest and (method == "fast" or (method == "auto" and shorter > 2048 and r <= shorter // 16)):
-        found = fast_left_svd(M, r, tol)
-        if found is not None:
-            return found
-        warnings.warn(f"the fast SVD missed tol={tol}; the exact one was taken", LoraLiteWarning, stacklevel=2)
-    return exact_left_svd(M, r, smallest)
-
-
-def exact_left_svd(M: Tensor, r: int, smallest: bool) -> tuple[Tensor, Tensor]:
-    wide = M.shape[0] <= M.shape[1]
-    G = gram(M if wide else M.T, torch.float64)
-    if not smallest:
-        return from_eigenvectors(M, *top_eigenvectors(G, r))
-    values, vectors = torch.linalg.eigh(G)
-    if values[0] < 1e-12 * values[-1]:  # singular values below 1e-6 of the largest: lost in a Gram matrix
-        U, S, _ = torch.linalg.svd(M.double(), full_matrices=False)
-        return U[:, -r:].to(M.dtype), S[-r:].to(M.dtype)
-    return from_eigenvectors(M, vectors[:, :r].flip(1), values[:r].flip(0))
-
-
-def fast_left_svd(M: Tensor, r: int, tol: float) -> tuple[Tensor, Tensor] | None:
-    """What `left_svd` calls fast, None where it cannot be had. In float64 where values are too far apart for the dtype of M."""
-    for dtype in (M.dtype, torch.float64):
-        G = gram(M if M.shape[0] <= M.shape[1] else M.T, dtype)
-        found = leading_eigenpairs(G, r, tol, residual=tol**0.5 / 2)
-        rounding = len(G) ** 0.5 * torch.finfo(dtype).eps
-        if found is not None and (dtype == torch.float64 or rounding * found[1][0] <= tol * found[1][-1]):
-            return from_eigenvectors(M, *found)
-    return None
-
-
-def from_eigenvectors(M: Tensor, V: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """U (o, r) and S (r,) of M (o, i) from eigenvectors V of the Gram matrix of its shorter side, and their eigenvalues."""
-    if M.shape[0] <= M.shape[1]:
-        return V.to(M.dtype), values.clamp(min=0).sqrt().to(M.dtype)
-    # M v / s loses orthogonality where s is small; QR restores it.
-    Q, R = torch.linalg.qr(torch.cat([rows.to(V.dtype) @ V for rows in M.split(MOST_ROWS)]))
-    return (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).to(M.dtype), R.diagonal().abs().to(M.dtype)
-
-
-def gram(M: Tensor, dtype: torch.dtype) -> Tensor:
-    """M M^T (n, n) of M (n, m), in `dtype` without a whole copy of M."""
-    G = torch.zeros(len(M), len(M), dtype=dtype, device=M.device)
-    for columns in M.split(MOST_ROWS, dim=1):
-        add_upper(G, columns.to(dtype))
-    for k in range(BLOCK, len(G), BLOCK):
-        G[k:, k - BLOCK : k] = G[k - BLOCK : k, k:].T
-    return G
-
-
-def add_upper(G: Tensor, M: Tensor, factor: float = 1.0) -> None:
-    """G += factor M M^T on the blocks on and above the diagonal, which are little more than half of the work."""
-    for k in range(0, len(G), BLOCK):
-        G[k : k + BLOCK, k:].addmm_(M[k : k + BLOCK], M[k:].T, alpha=factor)
-
-
-def top_eigenvectors(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """(vectors (n, r), values (r,)) of a symmetric matrix in float64, descending: few of a large one by
-    `leading_eigenpairs` down to a residual of 1e-7, which is what float32 resolves, else all by `torch.linalg.eigh`.
-    """
-    G = G.double()
-    found = leading_eigenpairs(G, r, tol=1e-6, residual=1e-7) if len(G) >= 768 and 48 * r <= len(G) else None
-    if found is None:
-        values, vectors = torch.linalg.eigh(G)
-        found = vectors.flip(1)[:, :r], values.flip(0)[:r]
-    return found
-
-
-def leading_eigenpairs(G: Tensor, r: int, tol: float, residual: float) -> tuple[Tensor, Tensor] | None:
-    """(V (n, r), values (r,)), descending, of a symmetric G (n, n), with proof; None where half the space does not suffice.
-
-    Block Lanczos with full orthogonalization from a fixed random start, until |G v_k - q_k v_k| <= residual q_k for all k;
-    then `nearly_all` must prove that sum q_k is at least 1 / (1 + tol) of the largest possible sum, whatever the start missed.
-    """
-    n, b = len(G), max(8, r // 2)
-    most = max(n // 2, 3 * b)
-    if most + b > n:
-        return None
-    Q, T = G.new_empty(most + b, n), G.new_zeros(most + b, most + b)  # vectors are rows: products are fastest so
-    start = torch.randn(n, b, generator=torch.Generator().manual_seed(0), device="cpu").to(G)
-    Q[:b] = torch.linalg.qr(start).Q.T
-    check, earlier = 3 * b, (0, 1.0)
-    for j in range(b, most + 1, b):
-        known, last = Q[:j], slice(j - b, j)
-        Z = Q[last] @ G
-        T[last, :j] = H = Z @ known.T
-        T[:j, last] = H.T
-        step, R = torch.linalg.qr((Z - H @ known).T)
-        # Once more, against rounding and where Z has no full rank.
-        following, S = torch.linalg.qr((step.T - step.T @ known.T @ known).T)
-        Q[j : j + b] = following.T
-        if j < check:
-            continue
-        values, vectors = torch.linalg.eigh(T[:j, :j])
-        q, Y = values[-r:].flip(0), vectors[:, -r:].flip(1)
-        reached = float(((S @ R @ Y[last]).norm(dim=0) / q).max())
-        if reached <= residual:
-            V = (Y.T @ known).T
-            if nearly_all(G, V, q, tol):
-                return V, q
-            residual = reached / 2
-        # Looking costs j^3: the rate so far tells when it may be enough.
-        rate = math.log(earlier[1] / reached) / (j - earlier[0]) if 0 < reached < earlier[1] else 0.0
-        check = j + min(math.log(max(reached / residual, 1)) / rate, j / 4) if rate else 1.25 * j
-        earlier = (j, reached)
-    return None
-
-
-def nearly_all(G: Tensor, V: Tensor, q: Tensor, tol: float) -> bool:
-    """Whether the r largest eigenvalues of a symmetric G (n, n) sum to at most (1 + tol) sum q, up to rounding.
-
-    V (n, r) orthonormal, q (r,) descending and positive. Proven by a Cholesky factor of B - G for a B whose eigenvalues c_k are
-    known: as G < B, each eigenvalue of G is below that of B (Weyl). B = t I + V diag(c - t) V^T, c_k = max((1 + tol/2) q_k, t),
-    with the t that makes sum c = (1 + tol) sum q. False may only mean that V is not accurate enough.
-    """
-    most = (1 + tol / 2) * q
-    counts = torch.arange(1, len(q) + 1, device=q.device)
-    t = ((tol / 2 * q.sum() + most.flip(0).cumsum(0)) / counts).min()  # the level to which this much fills up the lowest
-    B = (V * (most - t).clamp(min=0)) @ V.T - G
-    B.diagonal().add_(t)
-    return positive_definite(B)
-
-
-def positive_definite(A: Tensor) -> bool:
-    """Whether a symmetric A (n, n) has a Cholesky factor; overwrites A. torch's own is slower by the copies it makes."""
-    while len(A):
-        block, A, right = A[:BLOCK, :BLOCK], A[BLOCK:, BLOCK:], A[:BLOCK, BLOCK:]
-        L, info = torch.linalg.cholesky_ex(block)
-        if info:
-            return False
-        add_upper(A, torch.linalg.solve_triangular(L, right, upper=False).T, -1.0)
-    return True
-
-
-def nystrom(S: Tensor, Omega: Tensor) -> tuple[Tensor, Tensor]:
-    """(vectors (i, q), values (q,)), float64, descending, of a symmetric C >= 0 (i, i) of which only S = C Omega is known.
-
-    Those of S (Omega^T S)^+ S^T: C itself where its rank is at most q, never above it (Tropp et al. 2017, arXiv:1706.05736).
-    Omega (i, q) has orthonormal columns. Directions of Omega^T S below 1e-7 of the largest are rounding and left out.
-    """
-    S, Omega = S.double(), Omega.double()
-    core = Omega.T @ S
-    values, Q = torch.linalg.eigh((core + core.T) / 2)
-    root = torch.where(values > 1e-7 * values[-1], values.rsqrt(), 0.0)
-    U, lengths, _ = torch.linalg.svd(S @ (Q * root), full_matrices=False)
-    return U, lengths.square()
-
-
-def orth(V: Tensor) -> Tensor:
-    """Orthonormal columns spanning those of V (o, k), in float32 or better."""
-    V = V.to(torch.promote_types(V.dtype, torch.float32))
-    if V.shape[1] == 1:
-        return V / V.norm(dim=0).clamp(min=1e-12)
-    return torch.linalg.qr(V).Q
 
 
 # --- rotations and reflections ----------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from torch import Tensor
 from .adapter import Lineage
 from .composed import Composed, ComposedConfig
 from .delta import Change, change, smaller_as_factors
-from .linalg import left_svd
 from .snapshot import Snapshot, rebuilt
+from .spectrum import left_svd
 from .targets import Layer, sizes
 
 Members = dict[Snapshot, dict[str, float]]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .calibrate import Stats
-from .linalg import left_svd, top_eigenvectors
+from .spectrum import left_svd, top_eigenvectors
 
 MOMENTS = {"sqrt": "x_moment|y_moment", "full": "x_moment|yx_moment"}
 

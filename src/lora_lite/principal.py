@@ -1,6 +1,6 @@
 """Principal directions of a layer's inputs: leading eigenvectors of C = E[x x^T] - E[x] E[x]^T, from streamed sums.
 
-For wide layers the sums hold a sketch C Omega with a fixed Omega, and `linalg.nystrom` takes from it what one pass can give.
+For wide layers the sums hold a sketch C Omega with a fixed Omega, and `spectrum.nystrom` takes from it what one pass can give.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .calibrate import Stats, require_tokens, sketch_matrix
-from .linalg import nystrom, top_eigenvectors
+from .spectrum import nystrom, top_eigenvectors
 
 
 def required(most: float, whole: int, labels: bool = False) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ from .annotations import Any, Float, Literal, Parameter, Tensor
 from .basis import contrast, contrast_names, has_contrast
 from .calibrate import Stats
 from .contract import ParamSpec, Specs, dataclass
-from .linalg import lin, orth, top_eigenvectors
+from .linalg import lin
 from .spec import normal
+from .spectrum import orth, top_eigenvectors
 from .subspace import OutputSubspace, SubspaceConfig
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite import linalg
+from lora_lite import spectrum as svd
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
 from tests.oracle import T64, adapted, check_decay_ends_at_base, check_dense, check_parity, live_gradients, peft_layer
@@ -109,7 +109,7 @@ def test_fast_svd_agrees_with_the_exact_one_where_the_spectrum_falls():
 
 def test_fast_svd_captures_its_share_and_a_missed_one_is_reported_and_replaced():
     W = spectrum(96, 80, torch.arange(1.0, 81.0) ** -0.7)
-    U, _ = linalg.left_svd(W, 8, "fast", tol=1e-3)
+    U, _ = svd.left_svd(W, 8, "fast", tol=1e-3)
     assert 1 - 1e-3 < (U.T @ W).square().sum() / torch.linalg.svdvals(W)[:8].square().sum() < 1 + 1e-12
     exact = started(ll.PiSSAConfig(r=8, svd="exact", dtype=torch.float64), W)[1]
     with pytest.warns(ll.LoraLiteWarning, match=r"fast SVD missed tol=1e-15"):
@@ -122,7 +122,7 @@ def test_auto_is_exact_for_small_layers_and_fast_for_low_ranks_of_large_ones():
     exact, auto = (started(ll.PiSSAConfig(r=4, svd=svd), W, torch.float32)[1] for svd in ("exact", "auto"))
     assert torch.equal(auto.A0, exact.A0)
     large = toy.inputs(2050, 2) @ toy.inputs(2, 2050, seed=2)
-    with mock.patch.object(linalg, "exact_left_svd", side_effect=AssertionError("the exact SVD was called")):
+    with mock.patch.object(svd, "exact_left_svd", side_effect=AssertionError("the exact SVD was called")):
         _, adapter = started(ll.PiSSAConfig(r=2, svd="auto"), large, torch.float32)
     assert error(adapter.B0 @ adapter.A0, large) < 1e-4
 

@@ -19,9 +19,10 @@ import torch
 
 from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Claims, ParamSpec, Specs, dataclass, register
-from ..linalg import box, lin, orth
+from ..linalg import box, lin
 from ..seeding import SeededConfig, SeededSubspace, along
 from ..spec import constant
+from ..spectrum import orth
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ differs   ASVD compresses: it cuts off what is outside the r directions, here th
 from ..annotations import Any, Float, Literal, Tensor
 from ..basis import channel_scale
 from ..contract import dataclass, register
-from ..linalg import left_svd
+from ..spectrum import left_svd
 from ..subspace import GainSubspace, OutputConfig, gain
 
 

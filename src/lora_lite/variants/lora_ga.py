@@ -21,8 +21,8 @@ from dataclasses import field
 from ..annotations import Any, Literal
 from ..calibrate import require_tokens
 from ..contract import Specs, dataclass, register
-from ..linalg import left_svd, orth
 from ..measure import Loss
+from ..spectrum import left_svd, orth
 from ..twin import Twin, TwinConfig
 
 

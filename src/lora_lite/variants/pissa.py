@@ -15,13 +15,13 @@ differs   the paper stores W - s B0 A0 in the base and trains A, B; here the fro
 
 from ..annotations import Float, Literal, Tensor
 from ..contract import dataclass, register
-from ..linalg import left_svd
+from ..spectrum import left_svd
 from ..twin import Twin, TwinConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class PiSSAConfig(TwinConfig):
-    """svd: see `linalg.left_svd`; tol: share of the captured |W|^2 that a fast SVD may lose."""
+    """svd: see `spectrum.left_svd`; tol: share of the captured |W|^2 that a fast SVD may lose."""
 
     svd: Literal["exact", "fast", "auto"] = "auto"
     tol: float = 1e-3

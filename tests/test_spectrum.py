@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lora_lite import linalg
+from lora_lite import spectrum as svd
 from lora_lite.errors import LoraLiteWarning
-from lora_lite.linalg import (
+from lora_lite.spectrum import (
     gram,
     leading_eigenpairs,
     left_svd,
@@ -167,7 +167,7 @@ def test_fast_captures_what_its_tolerance_says(spectrum, dtype, shape, monkeypat
     }
     M = flat(*shape, dtype=dtype) if spectrum == "flat" else matrix(values[spectrum], shape).to(dtype)
     exact = left_svd(M, 8)
-    monkeypatch.setattr(linalg, "exact_left_svd", None)
+    monkeypatch.setattr(svd, "exact_left_svd", None)
     for tol in (1e-2, 1e-3):
         U, S = left_svd(M, 8, "fast", tol=tol)
         assert U.dtype is S.dtype is dtype
@@ -210,7 +210,7 @@ def test_proof_holds_for_what_captures_enough_and_for_nothing_else(tol):
 
 def test_fast_falls_back_where_it_proves_nothing(monkeypatch):
     M = flat(256, 2048)
-    monkeypatch.setattr(linalg, "nearly_all", lambda *_: False)
+    monkeypatch.setattr(svd, "nearly_all", lambda *_: False)
     assert leading_eigenpairs(gram(M, torch.float32), 20, 1e-3, 1e-2) is None
     with pytest.warns(LoraLiteWarning, match=r"fast SVD missed tol=0\.001"):
         U, S = left_svd(M, 20, "fast")
@@ -250,8 +250,8 @@ def test_fast_draws_nothing_from_the_global_generator_and_repeats_itself():
     [((2049, 2049), 128, True), ((2049, 2049), 129, False), ((2048, 4096), 8, False), ((4096, 2049), 128, True)],
 )
 def test_auto_is_fast_only_for_few_directions_of_large_matrices(shape, r, fast, monkeypatch):
-    monkeypatch.setattr(linalg, "fast_left_svd", lambda M, r, tol: ("fast", tol))
-    monkeypatch.setattr(linalg, "exact_left_svd", lambda M, r, smallest: ("exact", smallest))
+    monkeypatch.setattr(svd, "fast_left_svd", lambda M, r, tol: ("fast", tol))
+    monkeypatch.setattr(svd, "exact_left_svd", lambda M, r, smallest: ("exact", smallest))
     M = torch.empty(shape, device="meta")
     assert left_svd(M, r, "auto", tol=0.5) == (("fast", 0.5) if fast else ("exact", False))
     assert left_svd(M, r, "auto", smallest=True) == ("exact", True)
@@ -294,8 +294,8 @@ def test_large_matrix_that_lacks_directions_falls_back_to_all_eigenvectors():
 @pytest.mark.parametrize(("shape", "side"), [((300, 900), 300), ((900, 300), 300), ((300, 300), 300)])
 @pytest.mark.parametrize("method", ["exact", "fast"])
 def test_shorter_side_is_decomposed(method, shape, side, monkeypatch):
-    sizes, original = [], linalg.gram
-    monkeypatch.setattr(linalg, "gram", lambda M, dtype: sizes.append(len(M)) or original(M, dtype))
+    sizes, original = [], svd.gram
+    monkeypatch.setattr(svd, "gram", lambda M, dtype: sizes.append(len(M)) or original(M, dtype))
     left_svd(flat(*shape), 4, method)
     assert sizes == [side]
 
