@@ -266,7 +266,7 @@ def acts_or_is_refused(cls: type, field: str, cfg: AdapterConfig | None = None) 
 
 
 BEYOND_THE_TOY = {("pissa", "svd")}
-"""Options whose effect needs layers above 2048 wide: tests/test_linalg_svd.py."""
+"""Options whose effect needs layers above 2048 wide: tests/test_spectrum.py."""
 
 
 @pytest.mark.parametrize("name", ll.names())
