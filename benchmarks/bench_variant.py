@@ -2,6 +2,7 @@
 
 Keys are fields of benchmarks.run.Settings (steps=50 seeds=0,1,2 lr=1e-3 model=FOLDER task=math ...) or of the variant's
 config (r=4 alpha=8 targets=o_proj,down_proj ...). Writes a JSON record and a plot to out= (default benchmarks/runs).
+On several processes: accelerate launch --multi_gpu --num_processes 2 -m benchmarks NAME [key=value ...]
 """
 
 import dataclasses
@@ -20,12 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import lora_lite as ll
-from benchmarks import report
+from benchmarks import report, team
 from benchmarks.options import value_of
 from benchmarks.run import Settings, environment, load_base, make_task, run_variant, settings_json
 from lora_lite.errors import closest
 
-console = Console()
+console = Console(quiet=not team.is_first())
 RUNS = Path(__file__).parent / "runs"
 
 
@@ -75,15 +76,16 @@ def progress_over(progress: Progress) -> Any:
 
 
 def bench(name: str, pairs: list[str]) -> dict[str, Any]:
-    """Run one variant over its seeds; the record."""
+    """Run one variant over its seeds; the record. Of several processes the first scores, prints and writes."""
     cls = ll.get(name)
     settings, fields, out = parse(pairs, cls)
     ll.config(name, **fields)  # a wrong field fails before anything is loaded
+    settings = dataclasses.replace(settings, device=team.joined(settings.device))
     started = time.perf_counter()
     with console.status("loading the base and scoring it untouched"):
         bare, tokenizer = load_base(settings)
         first_task = make_task(settings, tokenizer, settings.seeds[0])
-        base = first_task.evaluate(bare)
+        base = first_task.evaluate(bare) if team.is_first() else {}
     record: dict[str, Any] = {
         "variant": name,
         "metric": first_task.metric,
@@ -108,12 +110,16 @@ def bench(name: str, pairs: list[str]) -> dict[str, Any]:
         record["runs"] = over_seeds(name, fields)
         if len(settings.seeds) > 1 and settings.against != name:
             record["peer"] = {"variant": settings.against, "runs": over_seeds(settings.against, {})}
+    team.leave(settings.device)
+    if not team.is_first():
+        return record
     record["paired"] = report.paired(record)
     record["wall_seconds"] = round(time.perf_counter() - started, 1)
     json_path, png_path = report.write(record, out)
     report.show(record, console)
     shown = " and ".join(os.path.relpath(path) for path in (json_path, png_path))
-    console.print(f"{record['wall_seconds']:.0f} s; wrote {shown}", soft_wrap=True)
+    on = f" on {team.size()} processes" if team.size() > 1 else ""
+    console.print(f"{record['wall_seconds']:.0f} s{on}; wrote {shown}", soft_wrap=True)
     return record
 
 

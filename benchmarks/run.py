@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_lite as ll
+from benchmarks import team
 from benchmarks.measure import cost, difference, fidelity
 from benchmarks.tasks import Code, Math, Task
 from benchmarks.text import Part
@@ -99,41 +100,47 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
         "system": sys.platform,
+        **({"processes": team.size()} if team.size() > 1 else {}),
     }
 
 
 def train(
     model: nn.Module, groups: list[dict[str, Any]], task: Task, settings: Settings, progress: Progress, label: str
 ) -> list[dict[str, float]]:
-    """AdamW, linear warm-up over a tenth of the steps and linear decay to 0; returns the curve of scores and losses."""
+    """AdamW, linear warm-up over a tenth of the steps and linear decay to 0; returns the curve of scores and losses.
+
+    Of several processes each takes its rows of every batch, and only the first scores.
+    """
     optimizer = torch.optim.AdamW(groups)
     warmup = max(1, settings.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 - step / settings.steps)
     )
     parameters = [p for group in groups for p in group["params"]]
-    curve, losses = [], []
+    curve, losses, replica = [], [], team.replica(model)
+    evaluate = task.evaluate if team.is_first() else lambda _: {}
     model.train()
     for step in progress(range(settings.steps), label):
-        batch = {name: value.to(settings.device) for name, value in task.batch(step).items()}
-        loss = model(**batch).loss
-        if not loss.isfinite():
+        rows, weight = team.part(task.batch(step))
+        loss = weight * replica(**{name: value.to(settings.device) for name, value in rows.items()}).loss
+        reached = team.mean(loss.detach().clone())
+        if not reached.isfinite():
             raise ll.LoraLiteError(
-                f"{label}: the loss is {loss.item()} at step {step}.", expected="A finite loss.", fix="a smaller lr=..."
+                f"{label}: the loss is {reached.item()} at step {step}.", expected="A finite loss.", fix="a smaller lr=..."
             )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(reached.item())
         if settings.eval_every and (step + 1) % settings.eval_every == 0 and step + 1 < settings.steps:
             model.eval()
-            curve.append({"step": step + 1, "loss": sum(losses) / len(losses), **task.evaluate(model)})
+            curve.append({"step": step + 1, "loss": sum(losses) / len(losses), **evaluate(model)})
             losses.clear()
             model.train()
     model.eval()
-    curve.append({"step": settings.steps, "loss": sum(losses) / max(1, len(losses)), **task.evaluate(model)})
+    curve.append({"step": settings.steps, "loss": sum(losses) / max(1, len(losses)), **evaluate(model)})
     return curve
 
 
@@ -164,7 +171,10 @@ def train_variant(
 def run_variant(
     name: str, fields: dict[str, Any], settings: Settings, seed: int, progress: Progress, *, bare: nn.Module, task: Task
 ) -> dict[str, Any]:
-    """Attach, measure cost, train, measure fidelity; detach at the end must give the base back bit for bit."""
+    """Attach, measure cost, train, measure fidelity; detach at the end must give the base back bit for bit.
+
+    Of several processes only the first measures; the others' record ends with the curve.
+    """
     cfg = fitting(bare, ll.config(name, **{"seed": seed, **fields, **learning_rate(name, settings)}))
     model = copy.deepcopy(bare)
     ids = task.batch(0)["input_ids"].to(settings.device)
@@ -180,9 +190,12 @@ def run_variant(
         "config": {"variant": name, **json.loads(cfg.to_json())},
         "layers": len(handle.layers),
     }
-    record["cost"] = {"attach_seconds": attach_seconds, **cost(model, bare, ids)}
+    if team.is_first():
+        record["cost"] = {"attach_seconds": attach_seconds, **cost(model, bare, ids)}
     groups = ll.param_groups(model, weight_decay=settings.weight_decay)
     record["curve"] = train(model, groups, task, settings, progress, f"{name}, seed {seed}")
+    if not team.is_first():
+        return record
     record["fidelity"] = fidelity(model, handle, bare, ids, start_error)
     handle.detach()
     with torch.no_grad():

@@ -201,7 +201,7 @@ def test_status_prints_a_table():
     assert str(ll.status(model)) == "no adapters"
     ll.attach(model, ll.config("antipasto", r=4), name="gain", calibration_data=None)
     text = str(ll.status(model))
-    assert "dead or not run yet" in text
+    assert "not run yet" in text
     model(toy.inputs(2, 24))
     text = str(ll.status(model))
     assert "fired" in text

@@ -14,7 +14,7 @@ from .peft_import import load_peft
 from .registry import config, get, names, register
 from .router import Routing, frontier, route
 from .routes import format_route, parse_route
-from .runtime import Status, disabled, param_groups, scale, status
+from .runtime import Status, disabled, param_groups, repair, scale, status
 from .snapshot import Increment, Snapshot, apply, snapshot
 from .spec import ParamSpec
 from .targets import find_targets

@@ -58,14 +58,15 @@ class Lineage:
 
 @dataclass
 class Group:
-    """What the adapters of one attach share: name, config, the requires_grad flags of the base before the first attach, their
-    lineage, and the hooks that keep quantised layers of the model trainable."""
+    """What the adapters of one attach share: name, config, the base's requires_grad before any attach, their lineage, the hooks
+    that keep quantised layers of the model trainable, and the layers' paths."""
 
     name: str
     cfg: AdapterConfig
     base_flags: dict[str, bool]
     lineage: Lineage = field(default_factory=Lineage)
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+    paths: set[str] = field(default_factory=set)
 
 
 NOWHERE = Group("", AdapterConfig(), {})
@@ -116,7 +117,8 @@ class Adapter(nn.Module):
             if spec.trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
-                self.register_buffer(name, tensor)
+                # views that overlap do not go into a file of safetensors; where they come from, the config's seed says
+                self.register_buffer(name, tensor, persistent=not spec.shared)
 
     # --- the contract -------------------------------------------------------------------------------------------------
 
@@ -191,23 +193,39 @@ class Adapter(nn.Module):
         self.shared[name] = holder
         setattr(self, name, leading(holder.tensor, self.specs()[name].shape))
 
-    def own_state(self) -> dict[str, Tensor]:
-        """The tensors of this layer alone, by name."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name not in self.shared}
+    def tensors(self) -> dict[str, Tensor]:
+        """Every declared tensor by name; the state_dict leaves out those that layers share."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def install(self, layer: Layer, path: str, group: Group) -> None:
-        """Hang under the layer as a child of the group's name, with bound methods as hooks."""
+        """Hang under the layer as a child of the group's name."""
         self.path, self.group = path, group
+        group.paths.add(path)
         layer.add_module(group.name, self)
+        self.hook(layer)
+
+    def hook(self, layer: nn.Module) -> None:
+        """Bound methods, so that a deep copy of the model calls the copy of the adapter."""
         if self.changes_input():
             self.handles.append(layer.register_forward_pre_hook(self.input_hook, with_kwargs=True))
         if self.changes_output():
             self.handles.append(layer.register_forward_hook(self.output_hook, with_kwargs=True))
 
-    def remove(self, layer: nn.Module) -> None:
+    def unhook(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    def hooked(self, layer: nn.Module) -> bool:
+        """Whether every hook is in the tables that the layer has at this moment; other libraries clear and replace them."""
+        before, after = layer._forward_pre_hooks.values(), layer._forward_hooks.values()
+        return (self.input_hook in before or not self.changes_input()) and (
+            self.output_hook in after or not self.changes_output()
+        )
+
+    def remove(self, layer: nn.Module) -> None:
+        self.unhook()
+        self.group.paths.discard(self.path)
         if getattr(layer, self.group.name, None) is self:
             delattr(layer, self.group.name)
 
@@ -221,14 +239,6 @@ class Adapter(nn.Module):
                 tensor.data = fn(tensor.data)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """assign=True puts new tensors in the place of buffers: what was shared stays one, with their numbers."""
-        before = dict(self._buffers)
-        super()._load_from_state_dict(*args, **kwargs)
-        for name, holder in self.shared.items():
-            if getattr(self, name) is not before[name]:
-                self.share(name, holder.taking(getattr(self, name)))
-
     def __getstate__(self) -> dict[str, Any]:
         """Shared tensors are pickled with their holder, once."""
         views = dict.fromkeys(self.shared)
@@ -238,10 +248,6 @@ class Adapter(nn.Module):
         super().__setstate__(state)
         for name, holder in self.shared.items():
             self.share(name, holder)
-
-    def hooked(self) -> bool:
-        """Whether every hook is still on its layer; other libraries may clear the hooks of a model."""
-        return bool(self.handles) and all(handle.id in (handle.hooks_dict_ref() or ()) for handle in self.handles)
 
     def take(self, coeff: float | Tensor, common: float | Tensor | None = None) -> None:
         """Hold coefficients; one that is a parameter of the caller's does not become one of the adapter's."""

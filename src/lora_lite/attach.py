@@ -216,7 +216,7 @@ def refuse_name(model: nn.Module, targets: dict[str, Layer], name: str) -> None:
 
 def refuse_non_finite(adapters: dict[str, Adapter]) -> None:
     for path, adapter in adapters.items():
-        for key, tensor in adapter.state_dict().items():
+        for key, tensor in adapter.tensors().items():
             if not is_finite(tensor):
                 raise LoraLiteError(f"{path}.{key} is not finite after init.", expected="A finite base weight and finite data.")
 

@@ -26,6 +26,7 @@ from .attach import Attached, build_all, handle, install, refuse_name, refuse_un
 from .errors import LoraLiteError, LoraLiteWarning, some
 from .linalg import is_finite
 from .quantised import is_packed, parts
+from .sharded import is_sharded, on_first_process, whole
 from .targets import Layer, is_linear, sizes, unwrapped
 
 FORMAT = "lora_lite"
@@ -46,7 +47,7 @@ def fingerprint(layer: Layer, version: int = VERSION) -> dict[str, Any]:
         hashes = "".join(digest(sampled(tensor, version)) for tensor in tensors)
         sha256 = hashlib.sha256(hashes.encode()).hexdigest()[:32]
         return {"shape": list(reversed(sizes(layer))), "dtype": stored, "sha256": sha256}
-    weight = layer.weight.detach()
+    weight = whole(layer.weight.detach())
     return {
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
@@ -73,8 +74,10 @@ def digest(tensor: Tensor) -> str:
 def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None:
     """Write adapter `name` (None: the only one) to one safetensors file; all of it or nothing appears at `path`.
 
-    Raises LoraLiteError while the adapter is merged and where its hooks were removed by somebody else. Warns of layers
-    that never ran although others did.
+    On a model that is sharded over processes every process calls this: tensors are gathered one at a time, rank 0 writes, and
+    all return when the file is there.
+    Raises LoraLiteError while the adapter is merged, where its hooks were removed or a layer replaced by somebody else. Warns
+    of layers that never ran although others did.
     """
     model = unwrapped(model)
     name = runtime.the_name(model, name)
@@ -85,12 +88,7 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
             f"Adapter {name!r} is merged: the base weights are not those it belongs to.",
             fix="ll.unmerge(model); ll.save(model, path)",
         )
-    if lost := [f.path for f in found if not f.adapter.hooked()]:
-        raise LoraLiteError(
-            f"The hooks of adapter {name!r} are gone from {some(lost)}: another program removed them.",
-            expected="What was trained since then was not this adapter.",
-            fix=f'state = {{f: t for f, t in model.state_dict().items() if ".{name}." in f}}  # keeps the tensors',
-        )
+    runtime.refuse_lost(found)
     if dead := [f.path for f in found if not f.adapter.fired and any(g.adapter.fired for g in found)]:
         warnings.warn(
             f"{some(dead)} never ran, so their adapters are at their start. Leave them out: exclude=({dead[0]!r},)",
@@ -98,8 +96,8 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
             stacklevel=2,
         )
     stored, drawn = shared_content({f.path: f.adapter for f in found})
-    own = {f"{f.path}.{key}": tensor for f in found for key, tensor in f.adapter.own_state().items()}
-    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in {**stored, **own}.items()}
+    own = {f"{f.path}.{key}": tensor for f in found for key, tensor in f.adapter.state_dict().items()}
+    tensors = {key: whole(tensor.detach()).contiguous().cpu() for key, tensor in {**stored, **own}.items()}
     header = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -112,7 +110,11 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
         "lineage": json.dumps(dataclasses.asdict(found[0].adapter.group.lineage)),
         **({"drawn": json.dumps(drawn)} if drawn else {}),
     }
-    write_atomically(Path(path), serialized(tensors, header))
+    content = serialized(tensors, header)
+    if any(is_sharded(f.layer) for f in found):
+        on_first_process(lambda: write_atomically(Path(path), content))
+    else:
+        write_atomically(Path(path), content)
 
 
 def shared_content(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -307,7 +309,7 @@ def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, T
 
     Raises LoraLiteError naming missing, unexpected and misshaped ones.
     """
-    places = {f"{p}.{key}": tensor for p, adapter in adapters.items() for key, tensor in adapter.own_state().items()}
+    places = {f"{p}.{key}": tensor for p, adapter in adapters.items() for key, tensor in adapter.state_dict().items()}
     common = {name: shared.holders(adapters, name) for name in shared.declared(adapters)}
     places |= {f"*.{name}": found[0].tensor for name, found in common.items() if name not in known}
     problems = [f"missing {key}" for key in places.keys() - tensors.keys()]

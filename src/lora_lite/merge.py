@@ -98,6 +98,8 @@ def merge(model: nn.Module, name: str | None = None, *, dense: bool | torch.dtyp
     by_layer: dict[str, list[runtime.Found]] = {}
     for f in chosen:
         by_layer.setdefault(f.path, []).append(f)
+    runtime.refuse_lost(chosen)
+    runtime.refuse_sharded(chosen)
     refuse_unmergeable(chosen)
     refuse_packed(chosen, dense)
     for f in runtime.adapters(model):

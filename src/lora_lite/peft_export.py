@@ -86,6 +86,8 @@ def export_peft(
     found = runtime.present(model, name)
     runtime.refuse_other_root(found)
     runtime.refuse_merged(model)
+    runtime.refuse_lost(found)
+    runtime.refuse_sharded(found)
     if any(not f.path for f in found):
         raise LoraLiteError(
             "The model itself is the adapted layer.",

@@ -3,16 +3,18 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .errors import LoraLiteError, LoraLiteWarning, closest
+from .errors import LoraLiteError, LoraLiteWarning, closest, some
 from .groups import gains
 from .linalg import distinct
+from .quantised import keep_trainable
+from .sharded import is_sharded
 from .targets import Layer, plain, unwrapped
 
 ATTACH = "ll.attach(model, ll.config(variant))  # variant: one of ll.names()"
@@ -67,6 +69,64 @@ def refuse_merged(model: nn.Module) -> None:
             expected="The base weights as they were.",
             fix="ll.unmerge(model)",
         )
+
+
+def missing(found: list[Found]) -> dict[str, set[str]]:
+    """{name: paths} of layers that were adapted and are no more in the model; {} when seen from another module."""
+    if any(f.path != f.adapter.path for f in found):
+        return {}
+    gone = {f.name: f.adapter.group.paths - {g.path for g in found if g.name == f.name} for f in found}
+    return {name: paths for name, paths in gone.items() if paths}
+
+
+def refuse_lost(found: list[Found]) -> None:
+    """Raise where an adapter of `found` acts no more: its hooks were removed, or another module stands in its layer's place."""
+    for name, paths in missing(found).items():
+        raise LoraLiteError(
+            f"Adapter {name!r} is gone from {some(sorted(paths))}: another program replaced the layer.",
+            expected="The modules that were there at attach.",
+            fix=f"ll.detach(model, {name!r}); ll.attach(model, cfg, name={name!r})  # or put the layer back",
+        )
+    if lost := [f for f in found if not f.adapter.hooked(f.layer)]:
+        raise LoraLiteError(
+            f"The hooks of adapter {lost[0].name!r} are gone from {some(f.path for f in lost)}: another program removed them.",
+            expected="What was trained since then was not this adapter.",
+            fix="ll.repair(model)",
+        )
+
+
+def refuse_sharded(found: list[Found]) -> None:
+    if f := next((f for f in found if is_sharded(f.layer)), None):
+        raise LoraLiteError(
+            f"{f.path} is sharded over processes.",
+            expected="Whole tensors, of a plain model.",
+            fix="ll.save(model, path); ll.load(plain_model, path)  # and go on with plain_model",
+        )
+
+
+def repair(model: nn.Module) -> list[str]:
+    """Put back hooks that another program removed, in the order of attach; the paths of the layers that needed it.
+
+    Every tensor of the adapters that are declared trainable requires a gradient again, also those that you froze yourself.
+    Nothing of the base is touched. Raises LoraLiteError for a model without an adapter.
+    """
+    by_layer: dict[str, list[Found]] = {}
+    for f in present(model, None):
+        by_layer.setdefault(f.path, []).append(f)
+    broken = [path for path, found in by_layer.items() if not all(f.adapter.hooked(f.layer) for f in found)]
+    for path in broken:
+        for f in by_layer[path]:
+            f.adapter.unhook()
+        for f in by_layer[path]:
+            f.adapter.hook(f.layer)
+    for found in by_layer.values():
+        for f in found:
+            f.adapter.requires_grad_(True)
+    for group in {id(f.adapter.group): f.adapter.group for found in by_layer.values() for f in found}.values():
+        for handle in group.handles:
+            handle.remove()
+        group.handles[:] = keep_trainable(unwrapped(model))
+    return broken
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -226,9 +286,11 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """One adapter on one layer. fired: its hook ran at least once; hooked: its hooks are still on the layer.
+    """One adapter on one layer. frozen counts a tensor that several layers share where it stands first.
 
-    frozen counts a tensor that several layers share where it stands first.
+    fired     its hook ran at least once             dead      it did not, though another layer of this adapter ran
+    hooked    its hooks are on the layer now         replaced  another module stands in the layer's place
+    merged    the weight holds the change            grad_off  none of its tensors requires a gradient
     """
 
     name: str
@@ -239,13 +301,25 @@ class LayerStatus:
     dtype: torch.dtype
     coeff: float | Tensor
     fired: bool
+    dead: bool
     hooked: bool
+    replaced: bool
     merged: bool
+    grad_off: bool
     report: dict[str, float]
 
     @property
     def state(self) -> str:
-        return "merged" if self.merged else "UNHOOKED" if not self.hooked else "fired" if self.fired else "dead or not run yet"
+        """replaced, hook_lost, merged, fired, dead or not run yet, the first that holds; grad_off may stand beside it."""
+        holding = {
+            "replaced": self.replaced,
+            "hook_lost": not self.hooked,
+            "merged": self.merged,
+            "fired": self.fired,
+            "dead": self.dead,
+            "not run yet": True,
+        }
+        return next(state for state, holds in holding.items() if holds) + (", grad_off" if self.grad_off else "")
 
 
 @dataclass(frozen=True)
@@ -265,8 +339,12 @@ class Status:
     @property
     def dead(self) -> list[str]:
         """Paths whose hook has not run although another layer of the same adapter has."""
-        alive = {row.name for row in self.layers if row.fired}
-        return [row.path for row in self.layers if not row.fired and row.name in alive]
+        return [row.path for row in self.layers if row.dead]
+
+    @property
+    def lost(self) -> list[str]:
+        """Paths whose hooks somebody removed (`repair` puts them back) or whose layer was replaced."""
+        return [row.path for row in self.layers if row.replaced or not row.hooked]
 
     def __str__(self) -> str:
         if not self.layers:
@@ -299,22 +377,29 @@ def status(model: nn.Module) -> Status:
     """What is attached where, in which state: per adapter and layer the variant, numbers, dtype, coefficient, fired or dead."""
     found = adapters(model)
     first = {id(holder): f.adapter for f in reversed(found) for holder in f.adapter.shared.values()}
-    return Status(
-        tuple(
-            LayerStatus(
-                name=name,
-                path=path,
-                variant=adapter.variant,
-                trainable=sum(p.numel() for p in adapter.parameters()),
-                frozen=sum(b.numel() for key, b in adapter.named_buffers() if key not in adapter.shared)
-                + sum(holder.tensor.numel() for holder in adapter.shared.values() if first[id(holder)] is adapter),
-                dtype=next(iter(adapter.state_dict().values())).dtype,
-                coeff=adapter.coeff,
-                fired=adapter.fired,
-                hooked=adapter.hooked(),
-                merged=adapter.original is not None,
-                report=dict(adapter.report),
-            )
-            for path, _, name, adapter in found
+    alive = {f.name for f in found if f.adapter.fired}
+    rows = [
+        LayerStatus(
+            name=name,
+            path=path,
+            variant=adapter.variant,
+            trainable=sum(p.numel() for p in adapter.parameters()),
+            frozen=sum(b.numel() for key, b in adapter.named_buffers() if key not in adapter.shared)
+            + sum(holder.tensor.numel() for holder in adapter.shared.values() if first[id(holder)] is adapter),
+            dtype=next(iter(adapter.tensors().values())).dtype,
+            coeff=adapter.coeff,
+            fired=adapter.fired,
+            dead=not adapter.fired and name in alive,
+            hooked=adapter.hooked(layer),
+            replaced=False,
+            merged=adapter.original is not None,
+            grad_off=not any(p.requires_grad for p in adapter.parameters()),
+            report=dict(adapter.report),
         )
-    )
+        for path, layer, name, adapter in found
+    ]
+    kin = {row.name: row for row in rows}
+    empty = {"trainable": 0, "frozen": 0, "fired": False, "dead": False, "hooked": False, "replaced": True, "report": {}}
+    for name, paths in missing(found).items():
+        rows += [replace(kin[name], path=path, **empty) for path in sorted(paths)]
+    return Status(tuple(rows))

@@ -57,14 +57,6 @@ class Shared:
             self.moved[place(after)] = found
         return found
 
-    def taking(self, given: Tensor) -> "Shared":
-        """The holder in the place of `given`, which becomes its leading part."""
-        home = self
-        if place(given) != place(self.tensor):
-            home = self.applied(lambda t: torch.zeros_like(t, device=given.device, dtype=given.dtype))
-        leading(home.tensor, tuple(given.shape)).copy_(given.detach())
-        return home
-
 
 def declared(adapters: dict[str, Any]) -> dict[str, tuple[ParamSpec, Shape]]:
     """{name: (a spec, the whole tensor's shape)} of what these adapters share.

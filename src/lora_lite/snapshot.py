@@ -17,6 +17,7 @@ from .attach import Attached, build_all, handle, install, refuse_name, refuse_un
 from .config import AdapterConfig
 from .errors import LoraLiteError, some
 from .io import changes_of_base, fingerprint, layers_of, restore
+from .sharded import whole
 from .targets import Layer, unwrapped
 
 
@@ -63,14 +64,11 @@ def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
     found = runtime.adapters(model, name)
     runtime.refuse_other_root(found)
     runtime.refuse_merged(model)
-    if lost := [f.path for f in found if not f.adapter.hooked()]:
-        raise LoraLiteError(
-            f"The hooks of adapter {name!r} are gone from {some(lost)}: another program removed them.",
-            expected="What was trained since then was not this adapter.",
-            fix=f"ll.detach(model, {name!r}); ll.load(model, path)",
-        )
+    runtime.refuse_lost(found)
     adapters = {f.path: f.adapter for f in found}
-    own = {f"{p}.{key}": getattr(a, key) for p, a in adapters.items() for key in a.specs() if key not in a.shared}
+    own = {
+        f"{p}.{key}": whole(getattr(a, key).detach()) for p, a in adapters.items() for key in a.specs() if key not in a.shared
+    }
     common = {f"*.{key}": shared.held(adapters, key)[0] for key in shared.declared(adapters)}
     group = found[0].adapter.group
     taken = Snapshot(

@@ -1,5 +1,6 @@
 """Which layers a config hits, and the one way to read the weight of a Linear-like layer; quantised.py knows packed ones."""
 
+import gc
 import re
 import sys
 import warnings
@@ -41,8 +42,14 @@ def sizes(layer: Layer) -> tuple[int, int]:
 
 
 def oriented_weight(layer: Layer) -> Tensor:
-    """The weight as (d_out, d_in), a view of the layer's own storage. Raises for packed weights."""
+    """The weight as (d_out, d_in), a view of the layer's own storage. Raises for packed and for sharded weights."""
     weight = layer.weight
+    if hasattr(weight, "full_tensor"):
+        raise LoraLiteError(
+            f"The weight of {type(layer).__name__} is sharded over processes.",
+            expected="Outside the layer's own forward a whole weight is there on a plain model only.",
+            fix="ll.save(model, path); ll.load(plain_model, path); ll.merge(plain_model)",
+        )
     if is_packed(layer) or type(weight) not in (Tensor, nn.Parameter):
         raise LoraLiteError(
             f"The weight of {type(layer).__name__} is stored as {type(weight).__name__} of {weight.dtype}.",
@@ -116,7 +123,7 @@ def plain(path: str) -> str:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise where hooks would go unseen or ranks would drift: compiled, sharded or replicated models."""
+    """Raise where hooks would go unseen or processes drift apart: compiled, sharded or replicated models."""
     order = "ll.attach(model, cfg); model = torch.compile(model)  # the same order for fully_shard and DDP"
     for path, module in model.named_modules():
         compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
@@ -132,6 +139,22 @@ def refuse_wrapped(model: nn.Module) -> None:
         for path, parameter in model.named_parameters():
             if isinstance(parameter, tensors.DTensor):
                 raise LoraLiteError(f"{path} is sharded (DTensor).", expected="Adapters join a plain model.", fix=order)
+    warn_replicated(model)
+
+
+def warn_replicated(model: nn.Module) -> None:
+    """Warn where a DistributedDataParallel around this model is alive: parameters that join now are unknown to it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    wrapper = nn.parallel.DistributedDataParallel
+    replicas = [found for found in gc.get_objects() if type(found) is wrapper]
+    if any(module is model for replica in replicas for module in replica.modules()):
+        warnings.warn(
+            "A DistributedDataParallel holds this model and does not average gradients of what is attached now. "
+            "Wrap it again: replica = DistributedDataParallel(model)",
+            LoraLiteWarning,
+            stacklevel=5,
+        )
 
 
 def selected(path: str, cfg: AdapterConfig) -> bool:

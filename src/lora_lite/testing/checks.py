@@ -103,7 +103,7 @@ def check_shapes_match_annotations(cls: Variant, cfg: AdapterConfig) -> None:
         hints |= {k: h for k, h in vars(base).get("__annotations__", {}).items() if hasattr(h, "dim_str")}
     for path, adapter in toy.attached(toy.toy(), cls, cfg).layers.items():
         sizes = {"i": adapter.d_in, "o": adapter.d_out, **({} if adapter.cfg.r is None else {"r": adapter.cfg.r})}
-        for name, tensor in adapter.state_dict(keep_vars=True).items():
+        for name, tensor in adapter.tensors().items():
             demand(name in hints, f'{name} has no annotation such as {name}: Float[Parameter, "r i"]')
             letters = hints[name].dim_str.split()
             demand(len(letters) == tensor.ndim, f"{path}.{name}: {tuple(tensor.shape)} against {hints[name].dim_str!r}")
