@@ -2,12 +2,13 @@
 
 import collections
 import copy
+import sys
 
 import pytest
 import torch
 
 import lora_lite as ll
-from lora_lite import runtime
+from lora_lite import quantised, runtime
 from lora_lite.io import read
 from lora_lite.linalg import box
 from lora_lite.testing import toy
@@ -289,6 +290,21 @@ def test_repair_restores_gradients_of_adapters_and_nothing_of_the_base():
     assert {key: p.requires_grad for key, p in model.named_parameters()} == flags
     assert "grad_off" not in str(ll.status(model))
     assert not model.training
+
+
+def test_repair_brings_back_the_hooks_that_keep_quantised_layers_trainable(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    model = toy.toy()
+    layer = model.blocks[1].up_proj
+    setattr(layer, quantised.REPACKS, True)  # as on a layer that bitsandbytes repacks in eval mode
+    before = photograph(model)
+    ll.attach(model, ll.config("lora", targets=("q_proj",)))
+    layer._forward_pre_hooks.clear()
+    ll.repair(model)
+    ll.repair(model)
+    assert list(layer._forward_pre_hooks.values()) == [quantised.trainable_again]
+    ll.detach(model)
+    demand_same(model, before, "after repair and detach")
 
 
 def test_a_replaced_layer_is_reported_and_not_saved(tmp_path):
