@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,22 +40,6 @@ class Part:
     stored: Stored
 
 
-class Together(runtime.Scaling):
-    """Several settings that go and come back as one."""
-
-    def __init__(self, settings: list[runtime.Scaling]):
-        self.settings = settings
-
-    def __enter__(self) -> "Together":
-        for setting in self.settings:
-            setting.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for setting in self.settings:
-            setting.__exit__(*error)
-
-
 class AttachedParts(Attached):
     """Handle of a folder that two variants read, each under a name of its own; `parts` are their handles.
 
@@ -71,15 +56,15 @@ class AttachedParts(Attached):
             fix=f'll.save(model, "{first}.safetensors", name="{first}")  # likewise {some(rest)}; or ll.export_peft',
         )
 
-    def scale(self, coeff: float | Tensor) -> runtime.Scaling:
-        settings: list[runtime.Scaling] = []
+    def scale(self, coeff: float | Tensor | Mapping[str, float]) -> runtime.GroupScaling:
+        settings: list[runtime.Scaling | runtime.GroupScaling] = []
         try:
             for part in self.parts:
                 settings.append(part.scale(coeff))
         except BaseException:
-            Together(settings).__exit__()
+            runtime.GroupScaling(settings).__exit__()
             raise
-        return Together(settings)
+        return runtime.GroupScaling(settings)
 
     def detach(self) -> None:
         for part in self.parts:

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -181,9 +181,9 @@ class Scaling:
 
 
 class GroupScaling:
-    """A coefficient for each adapter; leaving it as a context manager puts the old ones back."""
+    """Several settings that go and come back as one."""
 
-    def __init__(self, parts: list[Scaling]):
+    def __init__(self, parts: "Sequence[Scaling | GroupScaling]"):
         self.parts = parts
 
     def __enter__(self) -> "GroupScaling":
