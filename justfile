@@ -39,6 +39,10 @@ steering *options: setup
 bench-cost *options: setup
     @{{ python }} -m benchmarks.cost {{ options }}
 
+# run every variant through merge, export, quantised bases, compile and two processes: the record of docs/compatibility.md
+compatibility *options: setup
+    @{{ python }} -m benchmarks.compatibility {{ options }}
+
 # run the conformance suite on one variant
 contract name: setup
     @{{ python }} -m lora_lite check {{ name }}

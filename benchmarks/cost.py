@@ -1,60 +1,102 @@
 """just bench-cost [key=value ...]: what every variant costs beside the bare frozen model and beside PEFT, in one run.
 
-For each model and variant three copies of one model, the bare one, ours and PEFT's, take turns in one process on the same
-inputs: forward without gradients, forward + backward, bytes kept for backward; attach, file size and load besides. Ranks: r=16
-for low-rank methods, 8 where that is the config's default or the method asks for it.
+Parts: step, for each model and variant three copies of one model, the bare one, ours and PEFT's, take turns in one process on
+the same inputs: forward without gradients, forward + backward, bytes kept for backward, peak memory. attach, starts from the
+weights and from data; growth, how they grow; large, at an 8B model's sizes; start, import, attach, save and load.
+Ranks of step: r=16 for low-rank methods, 8 where that is the config's default or the method asks for it.
 
-Keys: variants=lora,dora models=base,d512,d1024 repeats=7 tokens=512 peer=peft|none out=FOLDER (default benchmarks/runs).
-Writes cost.json, after every variant, so that an interrupted run keeps what it has.
+Keys: parts=step,attach,growth,start variants=lora,dora models=base,d512,d1024 repeats=3 tokens=512 peer=peft|none
+modes=eager,compiled device=cpu|cuda dtype=float32|bfloat16 out=FOLDER (default benchmarks/runs). Models 0.6B, 1.7B and 8B have
+the shapes of Qwen3 and random weights; they want device=cuda dtype=bfloat16.
+Writes cost.json, after every row, so that an interrupted run keeps what it has, and cost.png.
 """
 
 import copy
 import dataclasses
 import gc
+import itertools
 import statistics
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import lora_lite as ll
+from benchmarks import cost_attach, cost_start
 from benchmarks.bench_variant import RUNS
-from benchmarks.cost_report import table
-from benchmarks.measure import forward_backward, saved_bytes, seconds
+from benchmarks.cost_report import plot, prose, table
+from benchmarks.limit import extra, least_seconds, multiply_adds, rates
+from benchmarks.measure import forward_backward, memory, seconds
 from benchmarks.options import Options, command
 from benchmarks.peers import peer_config
 from benchmarks.run import Settings, environment, fitting, load_base, write_json
 from lora_lite.errors import closest
 from lora_lite.registry import variant_of
 
-MODELS = ("base", "d512", "d1024")
-RANK = {"hra": 8, "loha": 8, "lokr": 8, "lora_ga": 8}
+RANK = {"hra": 8, "loha": 8, "lokr": 8, "lora_ga": 8, "corda": 16}
+SLOW = 4.0  # a subject this many times slower than the bare model gets a third of the repeats
+
+
+class Shape(NamedTuple):
+    """Of a Qwen3 with random weights."""
+
+    width: int
+    inner: int
+    blocks: int
+    heads: int
+    kv_heads: int
+    head: int = 128
+    vocabulary: int = 151936
+
+
+SHAPES = {
+    "d512": Shape(512, 1536, 2, 8, 4, 64, 512),
+    "d1024": Shape(1024, 3072, 2, 16, 8, 64, 512),
+    "0.6B": Shape(1024, 3072, 28, 16, 8),
+    "1.7B": Shape(2048, 6144, 28, 16, 8),
+    "8B": Shape(4096, 12288, 36, 32, 8),
+}
+MODELS = ("base", *SHAPES)
+PARTS = ("step", "attach", "growth", "large", "start")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(Options):
-    """variants: all, or names; tokens: of a batch, two rows on the base and one elsewhere; peer: peft or none."""
+    """variants, models and modes are of the part step; variants: all, or names; tokens: two rows on the base, else one."""
 
+    parts: tuple[str, ...] = ("step", "attach", "growth", "start")
     variants: tuple[str, ...] = ("all",)
-    models: tuple[str, ...] = MODELS
-    repeats: int = 7
+    models: tuple[str, ...] = ("base", "d512", "d1024")
+    modes: tuple[str, ...] = ("eager",)
+    repeats: int = 3
     tokens: int = 512
     peer: str = "peft"
+    device: str = "cpu"
+    dtype: str = "float32"
     out: str = str(RUNS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = {"variants": ("all", *ll.names()), "models": MODELS, "peer": ("peft", "none")}
+        known = {
+            "parts": PARTS,
+            "variants": ("all", *ll.names()),
+            "models": MODELS,
+            "modes": ("eager", "compiled"),
+            "peer": ("peft", "none"),
+            "device": ("cpu", *(["cuda"] if torch.cuda.is_available() else [])),
+            "dtype": ("float32", "bfloat16"),
+        }
         for name, lawful in known.items():
             value = getattr(self, name)
             for word in value if isinstance(value, tuple) else (value,):
@@ -62,24 +104,25 @@ class Cost(Options):
                     raise ll.LoraLiteError(f"{name}={word!r}", found=closest(word, lawful), fix=f"{name}={lawful[0]}")
 
 
-def build(name: str) -> nn.Module:
-    """The embedded base, or two random blocks of a Qwen3 that is `d...` wide."""
+def build(name: str, device: str = "cpu", dtype: str = "float32") -> nn.Module:
+    """The embedded base, or a Qwen3 of that shape with random weights; frozen, in eval mode."""
     if name == "base":
-        return load_base(Settings(device="cpu"))[0]
-    d = int(name[1:])
+        return load_base(Settings(device=device, base_dtype=dtype))[0]
+    shape = SHAPES[name]
     config = transformers.Qwen3Config(
-        vocab_size=512, hidden_size=d, intermediate_size=3 * d, num_hidden_layers=2, num_attention_heads=d // 64,
-        num_key_value_heads=max(1, d // 128), head_dim=64, use_cache=False,
+        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.blocks,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head, use_cache=False,
+        dtype=getattr(torch, dtype),
     )  # fmt: skip
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
-        return transformers.Qwen3ForCausalLM(config).eval().requires_grad_(False)
+        return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
 def variant_config(name: str, model: nn.Module) -> ll.AdapterConfig:
     """Rank 16 for methods with a small rank; a large default, which a basis or a random pair needs, as far as it fits."""
     cfg = ll.config(name)
-    if cfg.r is not None and cfg.r <= 16:
+    if cfg.r is not None and (cfg.r <= 16 or name in RANK):
         cfg = dataclasses.replace(cfg, r=RANK.get(name, 16))
     return fitting(model, cfg)
 
@@ -119,67 +162,132 @@ def times(subjects: dict[str, nn.Module], ids: Tensor, repeats: int) -> dict[str
     found: dict[str, dict[str, list[float]]] = {name: {"forward": [], "step": []} for name in subjects}
     for repeat in range(repeats + 1):
         for name, model in subjects.items():
+            steps = found[name]["step"]
+            if len(steps) > repeats // 3 and steps[0] > SLOW * found["bare"]["step"][0]:
+                continue
             step, pure = seconds(partial(forward_backward, model, ids)), seconds(partial(forward, model))
             if repeat:
-                found[name]["step"].append(step)
+                steps.append(step)
                 found[name]["forward"].append(pure)
     return found
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
-    return {"median": statistics.median(values), "low": low, "high": high}
+class Bare(NamedTuple):
+    """The frozen model of one size, and what was measured of it once."""
+
+    name: str
+    model: nn.Module
+    ids: Tensor
+    rates: dict[str, float]
+    multiply_adds: dict[str, int]
+    memory: dict[str, int]
 
 
-def compare(name: str, model_name: str, model: nn.Module, settings: Cost) -> dict[str, Any]:
-    ids = torch.randint(0, 256, (1, settings.tokens), generator=torch.Generator().manual_seed(0))
-    ids = ids.reshape(2, -1) if model_name == "base" else ids
+def bare(name: str, settings: Cost) -> Bare:
+    model, ids = build(name, settings.device, settings.dtype), tokens(name, settings)
+    rate = rates(cast(Any, model).config.hidden_size, ids, getattr(torch, settings.dtype))
+    return Bare(name, model, ids, rate, multiply_adds(model, ids), memory(model, ids))
+
+
+def compare(name: str, base: Bare, mode: str, settings: Cost) -> dict[str, Any]:
+    """The row of one variant on one model."""
+    model, ids = base.model, base.ids
     cfg = variant_config(name, model)
     ours, attach_seconds = attached(model, cfg, ids)
     subjects = {"bare": model, "ours": ours}
-    record: dict[str, Any] = {"variant": name, "model": model_name, "r": cfg.r, "ours": {"attach_seconds": attach_seconds}}
+    record: dict[str, Any] = {"variant": name, "model": base.name, "mode": mode, "r": cfg.r, "bare": base.memory}
+    record["ours"] = {"attach_seconds": attach_seconds, **memory(ours, ids)}
     if settings.peer == "peft" and (other := peered(model, cfg)) is not None:
         subjects["peft"] = other[0]
-        record["peft"] = {"attach_seconds": other[1]}
+        record["peft"] = {"attach_seconds": other[1], **memory(other[0], ids)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         ll.save(ours, path)
         load_seconds = seconds(partial(ll.load, copy.deepcopy(model), path))
         record["ours"] |= {"file_bytes": path.stat().st_size, "load_seconds": load_seconds}
-    for subject, found in times(subjects, ids, settings.repeats).items():
-        kept = saved_bytes(subjects[subject], ids)
-        record.setdefault(subject, {}).update({key: spread(values) for key, values in found.items()}, saved_bytes=kept)
+    timed = {key: compiled(subject) for key, subject in subjects.items()} if mode == "compiled" else subjects
+    for subject, found in times(timed, ids, settings.repeats).items():
+        record[subject] = record[subject] | found
+    record["extra"] = extra(ours, base.multiply_adds, ids)
+    record["limit"] = {
+        kind: statistics.median(record["bare"][kind]) + least_seconds(work, base.rates)
+        for kind, work in record["extra"].items()
+    }
+    torch.compiler.reset()
     gc.collect()
     return record
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    return cast(nn.Module, torch.compile(model))
+
+
+def tokens(model_name: str, settings: Cost) -> Tensor:
+    ids = torch.randint(0, 256, (1, settings.tokens), generator=torch.Generator().manual_seed(0))
+    return (ids.reshape(2, -1) if model_name == "base" else ids).to(settings.device)
+
+
+Done = Callable[[str], None]  # told what was finished, or begins
+
+
+def step_rows(settings: Cost, record: dict[str, Any], done: Done) -> None:
+    """Fill record["rows"] and record["rates"]."""
+    record |= {"rates": {}, "rows": []}
+    for model_name in settings.models:
+        base = bare(model_name, settings)
+        record["rates"][model_name] = base.rates
+        for mode, name in itertools.product(settings.modes, chosen(settings)):
+            record["rows"].append(compare(name, base, mode, settings))
+            done(f"{name}, {model_name}")
+
+
+def chosen(settings: Cost) -> tuple[str, ...]:
+    return tuple(ll.names()) if "all" in settings.variants else settings.variants
+
+
 def run(settings: Cost, console: Console) -> dict[str, Any]:
-    names = tuple(ll.names()) if "all" in settings.variants else settings.variants
-    started = time.perf_counter()
+    attach = cost_attach.Attach(peer=settings.peer, tokens=settings.tokens, threads=torch.get_num_threads())
     record: dict[str, Any] = {
         "benchmark": "cost",
         "settings": dataclasses.asdict(settings) | {"out": None},
         "environment": environment(),
-        "rows": [],
+        "attach": {"settings": dataclasses.asdict(attach)},
+        "wall_seconds": {},
+    }
+    measured: dict[str, Callable[[Done], Any]] = {
+        "step": lambda done: step_rows(settings, record, done),
+        "attach": lambda done: record["attach"].update(rows=cost_attach.attach_rows(attach, done)),
+        "growth": lambda done: record["attach"].update(growth=cost_attach.growth_rows(attach, done)),
+        "large": lambda done: record["attach"].update(large=cost_attach.large_rows(attach, done)),
+        "start": lambda done: record.update(start=cost_start.start_rows(settings)),
     }
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(names) * len(settings.models))
-        for model_name in settings.models:
-            model = build(model_name)
-            for name in names:
-                progress.update(task, description=f"{name}, {model_name}")
-                record["rows"].append(compare(name, model_name, model, settings))
-                progress.advance(task)
-                record["wall_seconds"] = round(time.perf_counter() - started, 1)
+        for part in settings.parts:
+            rows = len(chosen(settings)) * len(settings.models) * len(settings.modes)
+            total = {"step": rows, "start": 1}.get(part) or cost_attach.count(attach, part)
+            task, started = progress.add_task(part, total=total), time.perf_counter()
+
+            def done(name: str, part: str = part, task: TaskID = task) -> None:
+                progress.update(task, description=f"{part}: {name}", advance=1)
                 write_json(out / "cost.json", record)
+
+            measured[part](done)
+            record["wall_seconds"][part] = round(time.perf_counter() - started, 1)
+            write_json(out / "cost.json", record)
+            progress.remove_task(task)
+    if "rows" in record:
+        (out / "cost.png").write_bytes(plot(record))
     return record
 
 
 def measure(words: list[str], console: Console) -> None:
-    console.print(table(run(Cost.parse(words, "just bench-cost variants=lora,dora models=d512"), console)))
+    record = run(Cost.parse(words, "just bench-cost variants=lora,dora models=d512"), console)
+    if "rows" in record:
+        console.print(table(record))
+    console.print("\n".join(prose(record)), markup=False, highlight=False, soft_wrap=True)
 
 
 def main(words: list[str]) -> None:

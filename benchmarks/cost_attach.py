@@ -1,42 +1,29 @@
-"""python -m benchmarks.cost_attach [key=value ...]: what attaching costs beside PEFT, and how that grows.
+"""What attaching costs beside PEFT, and how that grows: the parts `attach`, `growth` and `large` of `just bench-cost`.
 
-Every attach runs in a process of its own: seconds are the median of its repeats, peak is the most memory beyond what the model
+Every case runs in a process of its own: seconds are the median of its repeats, peak is the most memory beyond what the model
 and its libraries took before, in the first of them. Energy is |U^T M|^2 of the start's r directions U over the largest
 possible, M = W, or W C and W C^(1/2) for starts from data, the least of the first block's layers. Growth: one option at a time.
-
-Keys: variants=pissa,pissa_fast model=d1024 rank=16 tokens=512 batches=2 repeats=3 threads=2 peer=peft|none growth=yes|no
-      large=0 (blocks of an 8B-shaped stack in bfloat16; minutes each) out=FOLDER. Writes attach.json.
 """
 
 import copy
-import dataclasses
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
-import types
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import lora_lite as ll
-from benchmarks.bench_variant import RUNS
-from benchmarks.cost_attach_report import section
 from benchmarks.measure import seconds
-from benchmarks.options import Options, command
-from benchmarks.run import environment, write_json
 from lora_lite.measure import measure
 from lora_lite.registry import variant_of
 from lora_lite.targets import dense_weight
@@ -50,14 +37,16 @@ CASES: dict[str, dict[str, Any]] = {
     "antipasto_corda": {"variant": "antipasto_corda", "peer": "corda"},
 }
 BASE = {"d": 512, "rank": 16, "layers": 2, "tokens": 256}
-GROWTH = {"d": (256, 512, 1024, 1536), "rank": (4, 8, 16, 32), "layers": (1, 2, 4, 8), "tokens": (256, 512, 1024, 2048)}
+GROWTH = {"d": (256, 512, 768, 1024), "rank": (4, 8, 16, 32), "layers": (1, 2, 4, 8), "tokens": (256, 512, 1024, 2048)}
 GROWN = ("pissa", "corda")
-LARGE = ("pissa_fast", "corda")
+LARGE = ("pissa_fast",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attach(Options):
-    variants: tuple[str, ...] = tuple(CASES)
+class Attach:
+    """model: of `cases`, d and its width; large: blocks of an 8B model's sizes in bfloat16."""
+
+    cases: tuple[str, ...] = tuple(CASES)
     model: str = "d1024"
     rank: int = 16
     tokens: int = 512
@@ -65,16 +54,7 @@ class Attach(Options):
     repeats: int = 3
     threads: int = 2
     peer: str = "peft"
-    growth: str = "yes"
-    seed: int = 0
-    large: str = "0"
-    out: str = str(RUNS)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.variants:
-            if name not in CASES:
-                raise ll.LoraLiteError(f"variants={name!r}", expected=f"Of {', '.join(CASES)}.", fix="variants=pissa")
+    large: int = 6
 
 
 # --- one attach, in a process of its own ------------------------------------------------------------------------------
@@ -118,10 +98,6 @@ def attach_ours(model: nn.Module, spec: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def attach_peer(model: nn.Module, spec: dict[str, Any]) -> dict[str, Tensor]:
-    if (
-        "attr" not in sys.modules and find_spec("attr") is None
-    ):  # PEFT's module takes its dataclass from there and does not require it
-        sys.modules["attr"] = types.SimpleNamespace(dataclass=dataclasses.dataclass)  # type: ignore[assignment]
     import peft
     from peft.tuners.lora.corda import preprocess_corda
 
@@ -140,9 +116,11 @@ def attach_peer(model: nn.Module, spec: dict[str, Any]) -> dict[str, Tensor]:
             for batch in batches:
                 model(**batch)
 
-    if start == "corda":
-        preprocess_corda(model, settings, run_model=forward)
-    wrapped = peft.get_peft_model(model, settings)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if start == "corda":
+            preprocess_corda(model, settings, run_model=forward)
+        wrapped = peft.get_peft_model(model, settings)  # type: ignore[arg-type]
     return {path: wrapped.get_submodule(f"base_model.model.{path}").lora_B["default"].weight for path in paths}  # type: ignore[union-attr,index]
 
 
@@ -178,10 +156,7 @@ def energy(model: nn.Module, spec: dict[str, Any], found: dict[str, Tensor]) -> 
 
 
 def measured(spec: dict[str, Any]) -> dict[str, Any]:
-    """One case: seconds (median), peak bytes, energy; what a child process prints."""
-    torch.set_num_threads(spec["threads"])
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
+    """One case: seconds (median), peak bytes, energy."""
     model = stack(spec["d"], spec["layers"], spec["shape"])
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     work: Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]] = attach_peer if spec["subject"] == "peft" else attach_ours
@@ -199,13 +174,13 @@ def measured(spec: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": statistics.median(taken), "peak_bytes": peak, "model_bytes": size, "energy": share}
 
 
-def child(spec: dict[str, Any]) -> dict[str, Any]:
-    """`measured` in a fresh process, whose freed blocks go back to the system at once, so that peaks are of live memory."""
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "OMP_NUM_THREADS": str(spec["threads"])}
-    words = [sys.executable, "-m", "benchmarks.cost_attach", "case", json.dumps(spec)]
+def child(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`measured` of each in one fresh process."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(specs[0]["threads"])}
+    words = [sys.executable, "-m", "benchmarks.cost_attach", json.dumps(specs)]
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ll.LoraLiteError(f"{spec['case']} of {spec['subject']} failed.", found=done.stderr[-500:])
+        raise ll.LoraLiteError(f"{specs[0]['case']} of {specs[0]['subject']} failed.", found=done.stderr[-500:])
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -213,25 +188,24 @@ def child(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def spec_of(settings: Attach, **fields: Any) -> dict[str, Any]:
-    general = {
-        "threads": settings.threads,
-        "batches": settings.batches,
-        "repeats": settings.repeats,
-        "shape": "",
-        "energy": False,
-    }
-    return {**general, "subject": "ours", **fields}
+    general = {name: getattr(settings, name) for name in ("threads", "batches", "repeats")}
+    return {**general, "shape": "", "energy": False, "subject": "ours", **fields}
 
 
 def attach_rows(settings: Attach, done: Callable[[str], None] = lambda name: None) -> list[dict[str, Any]]:
-    """One row per variant: ours and PEFT's seconds, peak bytes and energy."""
-    rows = []
+    """One row per case: ours and PEFT's seconds, peak bytes and energy; cases with one peer share its figures."""
+    rows, peers = [], {}
     sizes = {"d": int(settings.model[1:]), "layers": 2, "rank": settings.rank, "tokens": settings.tokens, "energy": True}
-    for name in settings.variants:
-        row: dict[str, Any] = {"variant": name, "model": settings.model, "r": settings.rank, "tokens": settings.tokens}
-        for subject in ("ours", *(("peft",) if settings.peer == "peft" else ())):
-            row[subject] = child(spec_of(settings, case=name, subject=subject, **sizes))
-            done(f"{name}, {subject}")
+    for name in settings.cases:
+        row: dict[str, Any] = {"case": name, "model": settings.model, "r": settings.rank, "tokens": settings.tokens}
+        row["ours"] = child([spec_of(settings, case=name, **sizes)])[0]
+        done(name)
+        peer = CASES[name]["peer"]
+        if settings.peer == "peft":
+            if peer not in peers:
+                peers[peer] = child([spec_of(settings, case=name, subject="peft", **sizes)])[0]
+            row["peft"] = peers[peer]
+            done(f"{name}, PEFT")
         rows.append(row)
     return rows
 
@@ -244,15 +218,14 @@ def exponent(sizes: list[float], values: list[float]) -> float:
 
 
 def growth_rows(settings: Attach, done: Callable[[str], None] = lambda name: None) -> list[dict[str, Any]]:
-    """One row per variant and size: seconds and peak bytes at four values each, and their fitted exponents."""
+    """One row per case and option: seconds and peak bytes at four values each, and their fitted exponents."""
     rows = []
     for name in GROWN:
         for key, values in GROWTH.items():
-            found = []
-            for value in values:
-                found.append(child(spec_of(settings, case=name, **{**BASE, key: value})))
-                done(f"{name}, {key}={value}")
-            row = {"variant": name, "against": key, "at": list(values), "others": {k: v for k, v in BASE.items() if k != key}}
+            specs = [spec_of(settings, case=name, **{**BASE, key: value}) for value in values]
+            found = child([specs[0], *specs])[1:]  # what a process takes once, the first run pays
+            done(f"{name} against {key}")
+            row = {"case": name, "against": key, "at": list(values), "others": {k: v for k, v in BASE.items() if k != key}}
             for measure_ in ("seconds", "peak_bytes"):
                 row[measure_] = [one[measure_] for one in found]
                 row[f"{measure_}_exponent"] = exponent(list(values), row[measure_])
@@ -261,53 +234,26 @@ def growth_rows(settings: Attach, done: Callable[[str], None] = lambda name: Non
 
 
 def large_rows(settings: Attach, done: Callable[[str], None] = lambda name: None) -> list[dict[str, Any]]:
+    """One row per case: seconds, peak and model bytes on a stack of an 8B model's blocks."""
     rows = []
     for name in LARGE:
-        spec = spec_of(settings, case=name, d=4096, layers=int(settings.large), rank=16, tokens=settings.tokens, shape="8b")
-        rows.append({"variant": name, "blocks": int(settings.large), "r": 16, "ours": child(spec | {"repeats": 1})})
+        spec = spec_of(
+            settings, case=name, d=4096, layers=settings.large, rank=16, tokens=settings.tokens, shape="8b", repeats=1
+        )
+        rows.append({"case": name, "blocks": settings.large, "r": 16, "ours": child([spec])[0]})
         done(f"{name}, 8B")
     return rows
 
 
-@contextmanager
-def bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("attach", total=total)
-        yield lambda name: progress.update(task, description=name, advance=1)
-
-
-def run(settings: Attach, console: Console) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "benchmark": "attach",
-        "settings": dataclasses.asdict(settings) | {"out": None},
-        "environment": environment(),
-    }
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    parts = {"rows": attach_rows}
-    parts |= {"growth": growth_rows} if settings.growth == "yes" else {}
-    parts |= {"large": large_rows} if settings.large != "0" else {}
-    subjects = 2 if settings.peer == "peft" else 1
-    total = len(settings.variants) * subjects + 32 * ("growth" in parts) + 2 * ("large" in parts)
-    with bar(console, total) as done:
-        for key, rows in parts.items():
-            record[key] = rows(settings, done)
-            write_json(out / "attach.json", record)
-    return record
-
-
-def work(words: list[str], console: Console) -> None:
-    settings = Attach.parse(words, "python -m benchmarks.cost_attach variants=pissa growth=no")
-    console.print("\n".join(section(run(settings, console))), markup=False, highlight=False, soft_wrap=True)
-
-
-def main(words: list[str]) -> None:
-    if words[:1] == ["case"]:
-        print(json.dumps(measured(json.loads(words[1]))))
-    else:
-        command(words, __doc__, work, "what was measured stands in attach.json")
+def count(settings: Attach, part: str) -> int:
+    """How often a part calls `done`."""
+    if part == "attach":
+        return len(settings.cases) * (2 if settings.peer == "peft" else 1)
+    return len(GROWN) * len(GROWTH) if part == "growth" else len(LARGE)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    given = json.loads(sys.argv[1])
+    torch.set_num_threads(given[0]["threads"])
+    transformers.logging.set_verbosity_error()
+    print(json.dumps([measured(spec) for spec in given]))

@@ -1,5 +1,6 @@
-"""What a record of benchmarks.cost_attach says, as lines of Markdown. Figures come from the record alone."""
+"""What the rows of `cost_attach` say, as lines of Markdown. Figures come from the rows alone."""
 
+import textwrap
 from typing import Any
 
 
@@ -20,20 +21,19 @@ def lost(row: dict[str, Any], subject: str) -> str:
 def section(record: dict[str, Any]) -> list[str]:
     """The part of the page on attaching."""
     used, threads = record["settings"], record["settings"]["threads"]
-    lines = [
-        "## Attaching",
-        "",
+    how = (
         f"Seconds on {threads} threads, median of {used['repeats']}, peak memory beyond the model, each in a new process; "
         f"{used['batches']} batches of {used['tokens']} calibration tokens where a start needs them. Lost: the share of the "
-        "largest possible |U^T M|^2 that the directions miss. The peer of a method without one is PEFT's nearest.",
-        "",
-        "| start | model | r | s | PEFT s | ratio | MiB | PEFT MiB | ratio | lost | PEFT lost |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in record["rows"]:
+        "largest possible |U^T M|^2 that the directions miss. The peer of a method without one is PEFT's nearest."
+    )
+    lines = ["## Attaching", "", *textwrap.wrap(how, 120)]
+    if "rows" in record:
+        lines += ["", "| start | model | r | s | PEFT s | ratio | MiB | PEFT MiB | ratio | lost | PEFT lost |"]
+        lines += ["|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for row in record.get("rows", []):
         ours, peft = row["ours"], row.get("peft")
         lines.append(
-            f"| `{row['variant']}` | {row['model']} | {row['r']} | {ours['seconds']:.2f} | "
+            f"| `{row['case']}` | {row['model']} | {row['r']} | {ours['seconds']:.2f} | "
             f"{format(peft['seconds'], '.2f') if peft else '-'} | {share(row, 'seconds')} | {mib(ours['peak_bytes'])} | "
             f"{mib(peft['peak_bytes']) if peft else '-'} | {share(row, 'peak_bytes')} | "
             f"{lost(row, 'ours')} | {lost(row, 'peft')} |"
@@ -43,7 +43,7 @@ def section(record: dict[str, Any]) -> list[str]:
         lines += ["| start | against | at | s | p | MiB | p |", "|---|---|---|---|---:|---|---:|"]
     for row in record.get("growth", []):
         lines.append(
-            f"| `{row['variant']}` | {row['against']} | {', '.join(map(str, row['at']))} | "
+            f"| `{row['case']}` | {row['against']} | {', '.join(map(str, row['at']))} | "
             f"{', '.join(f'{s:.2f}' for s in row['seconds'])} | {row['seconds_exponent']:.2f} | "
             f"{', '.join(map(mib, row['peak_bytes']))} | {row['peak_bytes_exponent']:.2f} |"
         )
@@ -53,7 +53,7 @@ def section(record: dict[str, Any]) -> list[str]:
     for row in record.get("large", []):
         ours = row["ours"]
         lines.append(
-            f"| `{row['variant']}` | {row['blocks']} | {ours['seconds']:.0f} | {mib(ours['model_bytes'])} | "
+            f"| `{row['case']}` | {row['blocks']} | {ours['seconds']:.0f} | {mib(ours['model_bytes'])} | "
             f"{mib(ours['peak_bytes'])} | {ours['peak_bytes'] / ours['model_bytes']:.2f} |"
         )
     return lines

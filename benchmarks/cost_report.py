@@ -1,22 +1,39 @@
-"""What a record of bench-cost says: a table on the terminal and the page docs/cost.md. Figures come from the record alone."""
+"""What a record of bench-cost says, and nothing else: a table on the terminal, a plot, the page docs/cost.md."""
 
-from typing import Any
+import io
+import statistics
+import textwrap
+from typing import Any, NamedTuple
 
+from rich import box
 from rich.table import Table
+
+from benchmarks.cost_attach_report import section
+from benchmarks.cost_start_report import start_lines
+
+
+def pairs(row: dict[str, Any], subject: str, measure: str, beside: str = "bare") -> list[float]:
+    """A subject's measure over that of another, of every round in which both were measured; [] where one is missing."""
+    ours, other = row.get(subject, {}).get(measure), row.get(beside, {}).get(measure)
+    if ours is None or other is None:
+        return []
+    rounds = min(len(values) for values in (ours, other, [0.0] * 1000) if isinstance(values, list))
+    ours, other = ((v if isinstance(v, list) else [v] * rounds) for v in (ours, other))
+    return [a / b for a, b in zip(ours, other)]
 
 
 def ratio(row: dict[str, Any], subject: str, measure: str, beside: str = "bare") -> float | None:
-    """Median of a subject's measure over that of another, None where one is missing."""
-    ours, other = row.get(subject, {}).get(measure), row.get(beside, {}).get(measure)
-    if ours is None or other is None:
-        return None
-    return ours["median"] / other["median"] if isinstance(ours, dict) else ours / other
+    found = pairs(row, subject, measure, beside)
+    return statistics.median(found) if found else None
 
 
 def unsteady(row: dict[str, Any], subject: str, measure: str, beside: str) -> bool:
-    """Whether the middle half of either's repeats spreads over more than a tenth of its median."""
-    spreads = [row.get(name, {}).get(measure) for name in (subject, beside)]
-    return any(isinstance(s, dict) and s["high"] - s["low"] > 0.1 * s["median"] for s in spreads)
+    """Whether the middle half of the rounds spreads over more than a tenth of the median."""
+    found = pairs(row, subject, measure, beside)
+    if len(found) < 2:
+        return False
+    low, middle, high = statistics.quantiles(found, n=4)
+    return high - low > 0.1 * middle
 
 
 def cell(row: dict[str, Any], subject: str, measure: str, beside: str) -> str:
@@ -27,56 +44,189 @@ def cell(row: dict[str, Any], subject: str, measure: str, beside: str) -> str:
 COLUMNS = (
     ("forward / bare", "ours", "forward", "bare"),
     ("step / bare", "ours", "step", "bare"),
+    ("step / limit", "ours", "step", "limit"),
     ("forward / PEFT", "ours", "forward", "peft"),
     ("step / PEFT", "ours", "step", "peft"),
     ("kept / bare", "ours", "saved_bytes", "bare"),
     ("kept / PEFT", "ours", "saved_bytes", "peft"),
+    ("peak / bare", "ours", "peak_bytes", "bare"),
+    ("peak / PEFT", "ours", "peak_bytes", "peft"),
     ("attach / PEFT", "ours", "attach_seconds", "peft"),
 )
 
 
+class Goal(NamedTuple):
+    """What was asked of a method: a ratio of ours, at most `most`, on every model of these."""
+
+    variants: tuple[str, ...]
+    measure: str
+    beside: str
+    most: float
+    models: tuple[str, ...] = ("d512", "d1024")
+
+
+GOALS = (
+    Goal(("lora", "ia3", "road", "delora", "vera", "loha", "lokr"), "step", "peft", 1.0),
+    Goal(("pissa", "corda", "olora"), "step", "peft", 1.05),
+    Goal(("dora", "oft"), "step", "peft", 0.85),
+    Goal(("dora",), "forward", "peft", 0.75),
+    Goal(("hra", "boft"), "step", "peft", 0.25),
+    Goal(("randlora",), "step", "peft", 0.7),
+    Goal(("lora",), "forward", "bare", 1.08, ("d1024",)),
+    Goal(("ia3", "antipasto_ablate"), "forward", "bare", 1.03, ("d1024",)),
+)
+
+
+GOALS_READ = (
+    "What the project set out to reach, and the limit beside the same: a goal below the limit asks for less time than the bare "
+    "model and the method's own multiply-adds and bytes take here. Repeated runs on this machine differ by some hundredths."
+)
+
+
+def label(row: dict[str, Any]) -> str:
+    return row["variant"] + ("" if row["mode"] == "eager" else f", {row['mode']}")
+
+
+ON_TERMINAL = ("forward / bare", "step / bare", "step / limit", "forward / PEFT", "step / PEFT", "kept / PEFT", "peak / PEFT")
+
+
 def table(record: dict[str, Any]) -> Table:
-    environment_ = record["environment"]
+    environment, settings = record["environment"], record["settings"]
     made = Table(
-        title=f"medians of {record['settings']['repeats']} interleaved repeats, {record['settings']['tokens']} tokens",
-        caption=f"{environment_['device']}, {environment_['threads']} threads, torch {environment_['torch']}; "
-        "step: forward + backward; kept: bytes kept for backward; below 1 ours is cheaper",
+        title=f"medians of {settings['repeats']} interleaved rounds, {settings['tokens']} tokens, {settings['dtype']}",
+        caption=f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}; step: forward + "
+        "backward; limit: bare + the method's multiply-adds and bytes at measured rates; kept: bytes kept for backward; peak: "
+        "memory above what was there before; below 1 ours is cheaper; ~: unsteady",
         title_justify="left",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    made.add_column("model")
-    made.add_column("variant")
-    made.add_column("r", justify="right")
-    for head, *_ in COLUMNS:
-        made.add_column(head, justify="right")
-    for row in record["rows"]:
-        made.add_row(row["model"], row["variant"], str(row["r"] or "-"), *(cell(row, *rest) for _, *rest in COLUMNS))
+    columns = [column for column in COLUMNS if column[0] in ON_TERMINAL]
+    made.add_column("variant", no_wrap=True)
+    for head, *_ in columns:
+        made.add_column(head.replace(" / ", "\n/"), justify="right", no_wrap=True)
+    for model in dict.fromkeys(row["model"] for row in record["rows"]):
+        made.add_section()
+        made.add_row(f"[bold]{model}[/bold]")
+        for row in record["rows"]:
+            if row["model"] == model:
+                made.add_row(label(row), *(cell(row, *rest) for _, *rest in columns))
     return made
+
+
+def plot(record: dict[str, Any]) -> bytes:
+    """Step time over the bare model's: ours, PEFT's and the limit, a panel per model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row["model"] for row in record["rows"]))
+    names = list(dict.fromkeys(map(label, record["rows"])))
+    height = 1.4 + 0.24 * len(names)
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(2.2 + 3.4 * len(models), height), layout="constrained", sharey=True, squeeze=False
+    )
+    marks = (
+        ("peft", "bare", "PEFT", {"marker": "o", "facecolors": "none", "edgecolors": "C1", "s": 34}),
+        ("ours", "bare", "lora_lite", {"marker": "o", "color": "C0", "s": 26}),
+        ("limit", "bare", "the arithmetic", {"marker": "|", "color": "0.35", "s": 90}),
+    )
+    for axis, model in zip(axes[0], models):
+        rows = [row for row in record["rows"] if row["model"] == model]
+        for subject, beside, text, style in marks:
+            found = [(value, label(row)) for row in rows if (value := ratio(row, subject, "step", beside)) is not None]
+            axis.scatter(
+                [v for v, _ in found], [len(names) - 1 - names.index(n) for _, n in found], label=text, zorder=3, **style
+            )
+        axis.axvline(1.0, color="0.7", linewidth=1, zorder=1)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_title(model, fontsize=10)
+        axis.grid(axis="y", color="0.92")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(range(len(names)), reversed(names), fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside upper right", ncols=3)
+    figure.supxlabel("time of forward + backward over that of the bare frozen model", fontsize=9)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150, metadata={"Software": None})
+    plt.close(figure)
+    return out.getvalue()
+
+
+def reached(record: dict[str, Any]) -> list[str]:
+    """Rows of the table of goals: every goal whose rows the record has, with what the arithmetic leaves possible."""
+    lines = []
+    rows = {(row["variant"], row["model"]): row for row in record["rows"] if row["mode"] == "eager"}
+    for goal in GOALS:
+        for name in goal.variants:
+            found = [(m, rows[name, m]) for m in goal.models if (name, m) in rows]
+            if not found:
+                continue
+            beside = {"peft": "PEFT", "bare": "bare"}[goal.beside]
+            cells = [
+                ", ".join(f"{cell(row, subject, goal.measure, goal.beside)} ({m})" for m, row in found)
+                for subject in ("ours", "limit")
+            ]
+            ours, least = (
+                [ratio(row, subject, goal.measure, goal.beside) or 0.0 for _, row in found] for subject in ("ours", "limit")
+            )
+            met = "yes" if max(ours) <= goal.most + 0.005 else "no"
+            beyond = ", and below the limit" if met == "no" and max(least) > goal.most else ""
+            lines.append(f"| `{name}` | {goal.measure} / {beside} | {goal.most:.2f} | {' | '.join(cells)} | {met}{beyond} |")
+    return lines
+
+
+def prose(record: dict[str, Any]) -> list[str]:
+    """The sections on attaching and starting, of the parts that were run."""
+    lines = section(record["attach"]) if set(record["attach"]) > {"settings"} else []
+    return [*lines, "", "## Before the first step", "", *start_lines(record["start"])] if "start" in record else lines
 
 
 def page(record: dict[str, Any]) -> str:
     """docs/cost.md."""
     settings, where = record["settings"], record["environment"]
+    how = (
+        f"Medians over {settings['repeats']} rounds, in each of which the bare frozen model, ours and PEFT's take turns in one "
+        f"process on the same {settings['tokens']} tokens (a third of the rounds for who is over four times slower than the "
+        f"bare model); {where['threads']} CPU threads, torch {where['torch']}, {settings['dtype']}. Forward is without "
+        "gradients, step is forward + backward down to the embeddings, kept are bytes that forward keeps for backward, peak is "
+        "the most memory that a step holds above what was there before. Limit is the bare model's time, the method's "
+        "multiply-adds at the rate of a square product, and its bytes (its tensors, and the activations it changes, once in "
+        "and once out) at the rate of a copy, both measured in the same run. Below 1 ours is cheaper; with ~ the middle half "
+        "of the rounds spreads over more than a tenth: such a figure says little. Attach includes calibration where a method "
+        "starts from data (two batches), which PEFT's figure does not: corda, eva and lora_ga stand beside PEFT's plain LoRA, "
+        "which is what they train there."
+    )
+    models = (
+        "Models: `base` is the embedded one (six blocks, 192 wide); `d512` and `d1024` are two Qwen3 blocks of that width with "
+        "random weights, an inner width of three times that and half as many key and value heads."
+    )
     lines = [
         "# What adapters cost",
         "",
         "Generated by `just table` from [the record](../benchmarks/results/cost.json) of `just bench-cost`.",
         "",
-        f"Medians of {settings['repeats']} repeats in which the bare frozen model, ours and PEFT's take turns in one process",
-        f"on the same {settings['tokens']} tokens; {where['threads']} CPU threads, torch {where['torch']}, float32. Forward is",
-        "without gradients, step is forward + backward down to the embeddings, kept are bytes that forward keeps for backward.",
-        "Below 1 ours is cheaper; with ~ the middle half of the repeats of one of the two spreads over more than a tenth:",
-        "such a figure says little. Attach includes calibration where a method starts from data (two batches), which PEFT's",
-        "figure does not: corda, eva and lora_ga stand beside PEFT's plain LoRA, which is what they train there.",
+        *textwrap.wrap(how, 120),
         "",
-        "Models: `base` is the embedded one (six blocks, 192 wide); `d512` and `d1024` are two Qwen3 blocks of that width with",
-        "random weights, an inner width of three times that and half as many key and value heads.",
+        *textwrap.wrap(models, 120),
+        "",
+        "![Step time over the bare model's: ours, PEFT's, the limit](cost.png)",
     ]
+    if goals := reached(record):
+        lines += ["", "## Goals", "", *textwrap.wrap(GOALS_READ, 120), ""]
+        lines += ["| variant | ratio | at most | measured | limit | met |", "|---|---|--:|---|---|---|", *goals]
     for model in dict.fromkeys(row["model"] for row in record["rows"]):
-        lines += ["", f"## {model}", "", f"| variant | r | {' | '.join(head for head, *_ in COLUMNS)} |"]
-        lines.append("|---|--:|" + "--:|" * len(COLUMNS))
+        rate = record["rates"][model]
+        lines += ["", f"## {model}", ""]
+        products, copies = rate["multiply_adds_per_second"] / 1e9, rate["bytes_per_second"] / 1e9
+        lines.append(f"Rates measured: {products:.0f} billion multiply-adds per second, {copies:.1f} GB per second.")
+        lines += ["", f"| variant | r | {' | '.join(head for head, *_ in COLUMNS)} |", "|---|--:|" + "--:|" * len(COLUMNS)]
         for row in record["rows"]:
             if row["model"] == model:
                 shown = " | ".join(cell(row, *rest) for _, *rest in COLUMNS)
-                lines.append(f"| `{row['variant']}` | {row['r'] or '-'} | {shown} |")
+                lines.append(f"| `{label(row)}` | {row['r'] or '-'} | {shown} |")
+    walls = ", ".join(f"{part} {seconds / 60:.1f}" for part, seconds in record["wall_seconds"].items())
+    lines += ["", *prose(record), "", f"Minutes that the parts of this run took: {walls}."]
     return "\n".join(lines) + "\n"

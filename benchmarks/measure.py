@@ -1,6 +1,8 @@
 """What an adapter costs beside the bare frozen model, and how exactly it keeps its promises. No variant is named here."""
 
 import copy
+import json
+import os
 import statistics
 import tempfile
 import time
@@ -32,10 +34,14 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def forward_backward(model: nn.Module, ids: Tensor) -> None:
-    """One pass with gradients down to the embeddings, so that the bare frozen model has the same work to do."""
+def forward(model: nn.Module, ids: Tensor) -> Tensor:
+    """The loss, with gradients down to the embeddings, so that the bare frozen model has the same work to do."""
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)  # type: ignore[operator]
-    model(inputs_embeds=embedded, labels=ids).loss.backward()
+    return model(inputs_embeds=embedded, labels=ids).loss
+
+
+def forward_backward(model: nn.Module, ids: Tensor) -> None:
+    forward(model, ids).backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -50,9 +56,8 @@ def saved_bytes(model: nn.Module, ids: Tensor) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)  # type: ignore[operator]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(inputs_embeds=embedded, labels=ids).loss
+        loss = forward(model, ids)
     loss.backward()
     model.zero_grad(set_to_none=True)
     return sum(kept.values())
@@ -62,13 +67,13 @@ def cost(model: nn.Module, bare: nn.Module, ids: Tensor) -> dict[str, float]:
     """Ratios to the bare frozen model: medians of interleaved repeats in this run, and bytes kept for backward."""
     times: dict[str, list[float]] = {"step": [], "bare step": [], "forward": [], "bare forward": []}
 
-    def forward(which: nn.Module) -> None:
+    def pure_forward(which: nn.Module) -> None:
         with torch.no_grad():
             which(input_ids=ids)
 
     for repeat in range(REPEATS + 1):
         for prefix, which in (("bare ", bare), ("", model)):
-            step, pure = seconds(partial(forward_backward, which, ids)), seconds(partial(forward, which))
+            step, pure = seconds(partial(forward_backward, which, ids)), seconds(partial(pure_forward, which))
             if repeat:  # the first round warms up
                 times[f"{prefix}step"].append(step)
                 times[f"{prefix}forward"].append(pure)
@@ -82,6 +87,32 @@ def cost(model: nn.Module, bare: nn.Module, ids: Tensor) -> dict[str, float]:
         "forward_ratio": median["forward"] / median["bare forward"],
         "saved_for_backward_ratio": saved_bytes(model, ids) / saved_bytes(bare, ids),
     }
+
+
+def peak_bytes(work: Callable[[], Any], cuda: bool = False) -> int:
+    """Most bytes that `work` holds above what was there before, as the allocator counts them."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to the terminal
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    held = [event["args"] for event in events if event["name"] == "[memory]"]
+    before = held[0]["Total Allocated"] - held[0]["Bytes"]
+    return max(event["Total Allocated"] for event in held) - before
+
+
+def memory(model: nn.Module, ids: Tensor) -> dict[str, int]:
+    """What one forward + backward keeps and, at most, holds."""
+    kept: list[int] = []
+    peak = peak_bytes(lambda: kept.append(saved_bytes(model, ids)), ids.is_cuda)
+    return {"saved_bytes": kept[0], "peak_bytes": peak}
 
 
 def difference(got: Tensor, want: Tensor) -> float:

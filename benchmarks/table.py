@@ -1,4 +1,6 @@
-"""The generated parts of the README and docs/cost.md, from the registry and the committed records; `--check` finds stale ones.
+"""What is generated: parts of the README, docs/cost.md, docs/compatibility.md; from the registry and the committed records.
+
+`--check` finds stale ones. Parts of the README:
 
 variants  the table       example  a whole variant file       base  how well the embedded base predicts prose
 steering  what one direction does
@@ -11,7 +13,7 @@ from typing import Any
 
 import lora_lite as ll
 import lora_lite.variants
-from benchmarks.cost_report import page
+from benchmarks import compatibility_report, cost_report
 from benchmarks.report import final
 from benchmarks.run import BASE
 from benchmarks.steering_report import summary
@@ -105,6 +107,7 @@ def steering() -> str:
     return summary(found) if found else "`just steering out=benchmarks/results` has not been run."
 
 
+REPORTS = {"cost": cost_report, "compatibility": compatibility_report}
 PARTS = {"variants": lambda: f"{table()}\n\n{caption()}", "example": example, "base": base, "steering": steering}
 
 
@@ -119,8 +122,12 @@ def fresh(readme: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Every generated document as it should be."""
-    readme, found = ROOT / "README.md", record("cost")
-    return {readme: fresh(readme.read_text())} | ({ROOT / "docs" / "cost.md": page(found)} if found else {})
+    readme = ROOT / "README.md"
+    made = {readme: fresh(readme.read_text())}
+    for name, report in REPORTS.items():
+        if found := record(name):
+            made[ROOT / "docs" / f"{name}.md"] = report.page(found)
+    return made
 
 
 def main() -> None:

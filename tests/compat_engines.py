@@ -102,7 +102,7 @@ def verdict(name: str, wrap: Callable[[nn.Module], nn.Module]) -> str:
     if (distance := off(trained(model), alone(name))) < NOISE:
         return "yes"
     assert off(trained(model), alone(name, parts=2)) < NOISE, f"{distance:.1e} off the run of one process"
-    return "as accumulated"
+    return "yes, as two half batches accumulated"
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:

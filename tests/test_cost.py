@@ -2,18 +2,20 @@
 
 import io
 import json
+import time
+import types
 
 import pytest
 import torch
 
 import lora_lite as ll
-from benchmarks import cost
+from benchmarks import cost, limit, measure
 from benchmarks.cost import Cost
-from benchmarks.cost_report import COLUMNS, cell, page, ratio, table
+from benchmarks.cost_report import GOALS, cell, page, plot, ratio, reached, table
 from benchmarks.peers import PEERS
 
 pytest.importorskip("peft")
-TINY = ["variants=lora,antipasto_ablate", "models=d512", "repeats=1", "tokens=16"]
+TINY = ["parts=step", "variants=lora,antipasto_ablate", "models=d512", "repeats=1", "tokens=16"]
 
 
 @pytest.fixture(scope="module")
@@ -32,32 +34,107 @@ def test_every_row_has_the_bare_model_and_ours_and_the_peer_where_there_is_one(r
         assert set(row) >= {"bare", "ours"}
         assert ("peft" in row) == (row["variant"] in PEERS)
         for subject in ("bare", "ours", *(["peft"] if "peft" in row else [])):
-            assert {"forward", "step", "saved_bytes"} <= set(row[subject])
-            assert row[subject]["step"]["median"] > row[subject]["forward"]["median"] > 0
-        assert row["ours"]["saved_bytes"] > row["bare"]["saved_bytes"] > 0
+            assert row[subject]["step"][0] > row[subject]["forward"][0] > 0
+            assert row[subject]["peak_bytes"] > row[subject]["saved_bytes"] > 0
+        assert row["ours"]["saved_bytes"] > row["bare"]["saved_bytes"]
         assert {"attach_seconds", "load_seconds", "file_bytes"} <= set(row["ours"])
+        assert all(row["limit"][kind] > row["bare"][kind][0] for kind in ("forward", "step"))
 
 
-def test_ratios_are_medians_over_medians_and_missing_peers_are_blank(record):
+def test_ratios_are_medians_over_the_rounds_in_which_both_ran_and_missing_peers_are_blank(record):
+    row = {
+        "ours": {"step": [2.0, 6.0, 9.0]},
+        "bare": {"step": [1.0, 2.0, 3.0]},
+        "peft": {"step": [4.0]},
+        "limit": {"step": 1.5},
+    }
+    assert ratio(row, "ours", "step") == 3.0
+    assert ratio(row, "ours", "step", "peft") == 0.5
+    assert ratio(row, "ours", "step", "limit") == 4.0
+    assert ratio(row, "limit", "step", "bare") == 0.75
     first, second = record["rows"]
-    assert ratio(first, "ours", "step") == first["ours"]["step"]["median"] / first["bare"]["step"]["median"]
     assert ratio(first, "ours", "saved_bytes", "peft") == first["ours"]["saved_bytes"] / first["peft"]["saved_bytes"]
     assert ratio(second, "ours", "step", "peft") is None
-    assert table(record).row_count == 2
-    assert len(table(record).columns) == 3 + len(COLUMNS)
+    assert table(record).row_count == 3  # the name of the model, and two variants
+    assert plot(record).startswith(b"\x89PNG")
+
+
+def test_the_slow_take_part_in_fewer_rounds():
+    class Toy(torch.nn.Module):
+        def __init__(self, rest: float):
+            super().__init__()
+            self.embedding, self.rest, self.runs = torch.nn.Embedding(4, 4), rest, 0
+
+        def get_input_embeddings(self):
+            return self.embedding
+
+        def forward(self, input_ids=None, inputs_embeds=None, labels=None):
+            self.runs += inputs_embeds is not None
+            time.sleep(self.rest)
+            loss = None if inputs_embeds is None else inputs_embeds.sum()
+            return types.SimpleNamespace(loss=loss)
+
+    found = cost.times({"bare": Toy(0.002), "ours": Toy(0.002), "peft": Toy(0.1)}, torch.zeros(1, 4, dtype=torch.long), 6)
+    assert [len(found[name]["step"]) for name in ("bare", "ours", "peft")] == [6, 6, 3]
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_extra_work_is_what_the_formula_needs(side):
+    """lora: r (i + o) multiply-adds per token and three times that in a step; both factors, and its own side's activations."""
+    model, ids = cost.build("d512"), torch.zeros(1, 16, dtype=torch.long)
+    cfg = ll.config("lora", r=4, targets=("o_proj",)) if side == "output" else ll.config("hra", r=4, targets=("o_proj",))
+    work = limit.extra(cost.attached(model, cfg, ids)[0], limit.multiply_adds(model, ids), ids)
+    tensors = 2 * 4 * (512 + 512) if side == "output" else 2 * 4 * 512  # two blocks
+    assert work["forward"]["bytes"] == 4 * (tensors + 2 * 2 * 16 * 512)
+    assert work["step"]["bytes"] == 4 * (3 * tensors + 2 * 4 * 16 * 512)
+    if side == "output":
+        assert work["forward"]["multiply_adds"] == 16 * tensors
+        assert work["step"]["multiply_adds"] == 3 * 16 * tensors
+    assert limit.least_seconds({"multiply_adds": 6, "bytes": 8}, {"multiply_adds_per_second": 3, "bytes_per_second": 2}) == 6
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    class Toy(torch.nn.Module):
+        def __init__(self, copies: int):
+            super().__init__()
+            self.embedding, self.copies = torch.nn.Embedding(4, 256), copies
+
+        def get_input_embeddings(self):
+            return self.embedding
+
+        def forward(self, inputs_embeds, labels):
+            kept = [inputs_embeds.detach() + k for k in range(self.copies)]
+            return types.SimpleNamespace(loss=inputs_embeds.sum() + kept[-1].sum())
+
+    ids = torch.zeros(1, 256, dtype=torch.long)
+    few, many = (measure.memory(Toy(copies), ids)["peak_bytes"] for copies in (1, 5))
+    assert many - few == 4 * 256 * 256 * 4
 
 
 def test_page_shows_the_ratios_of_every_row(record):
     text = page(record)
-    steady = {"median": 1.0, "low": 0.96, "high": 1.04}
-    pair = {"ours": {"step": steady | {"high": 1.2}}, "bare": {"step": steady}, "peft": {"step": steady}}
+    steady = [1.0] * 5
+    pair = {"ours": {"step": [1.0, 1.0, 1.0, 1.2, 1.2]}, "bare": {"step": steady}, "peft": {"step": steady}}
     assert cell(pair, "ours", "step", "bare") == "~1.00"
     assert cell(pair, "peft", "step", "bare") == "1.00"
-    row = next(line for line in text.splitlines() if line.startswith("| `lora` "))
+    row = next(line for line in text.splitlines() if line.startswith("| `lora` | 16"))
     assert [text.lstrip("~") for text in row.split(" | ")[2:4]] == [
         f"{ratio(record['rows'][0], 'ours', kind):.2f}" for kind in ("forward", "step")
     ]
-    assert next(line for line in text.splitlines() if "antipasto_ablate" in line).count(" - ") == 4
+    assert next(line for line in text.splitlines() if "`antipasto_ablate` | 2" in line).count(" - ") == 5
+    assert "| `lora` | step / PEFT | 1.00 | " in text
+
+
+def test_goals_are_met_where_every_model_meets_them(record):
+    row = {"variant": "oft", "model": "d512", "mode": "eager", "ours": {"step": [0.8]}, "peft": {"step": [1.0]}}
+    row["limit"] = {"step": 0.7}
+    assert reached({"rows": [row]}) == ["| `oft` | step / PEFT | 0.85 | 0.80 (d512) | 0.70 (d512) | yes |"]
+    other = {**row, "model": "d1024", "ours": {"step": [0.9]}}
+    both = "| `oft` | step / PEFT | 0.85 | 0.80 (d512), 0.90 (d1024) | 0.70 (d512), {} (d1024) | no{} |"
+    assert reached({"rows": [row, other]}) == [both.format("0.70", "")]
+    other["limit"] = {"step": 0.88}
+    assert reached({"rows": [row, other]}) == [both.format("0.88", ", and below the limit")]
+    assert set(sum((goal.variants for goal in GOALS), ())) <= set(ll.names())
 
 
 @pytest.mark.parametrize("name", sorted(PEERS))
@@ -79,6 +156,9 @@ def test_peer_adapts_the_same_layers_with_the_same_method(name):
     [
         (["variants=lroa"], "Closest name: lora"),
         (["models=d513"], "Closest name: d512"),
+        (["modes=jit"], "eager"),
+        (["parts=grow"], "Closest name: growth"),
+        (["device=gpu"], "device='gpu'"),
         (["repeats=0"], "A value like"),
         (["peer=torch"], "peft"),
         (["speed=1"], "written key=value"),

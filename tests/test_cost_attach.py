@@ -1,15 +1,9 @@
 """What attaching costs: what a case measures, what the record holds, what the page says."""
 
-import dataclasses
-import sys
-import types
-from importlib.util import find_spec
-
 import pytest
 
-import lora_lite as ll
 from benchmarks import cost_attach
-from benchmarks.cost_attach import Attach, attach_rows, exponent, growth_rows, measured, spec_of
+from benchmarks.cost_attach import Attach, attach_rows, count, exponent, growth_rows, measured, spec_of
 from benchmarks.cost_attach_report import section
 
 pytest.importorskip("peft")
@@ -23,10 +17,7 @@ def fake(spec):
 
 @pytest.mark.parametrize("subject", ["ours", "peft"])
 @pytest.mark.parametrize("case", ["pissa", "corda"])
-def test_a_case_measures_seconds_memory_and_energy(case, subject, monkeypatch):
-    monkeypatch.setattr(cost_attach.torch, "set_num_threads", lambda n: None)
-    if find_spec("attr") is None:
-        monkeypatch.setitem(sys.modules, "attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))
+def test_a_case_measures_seconds_memory_and_energy(case, subject):
     settings = Attach(repeats=1, batches=1)
     found = measured(spec_of(settings, case=case, subject=subject, d=64, layers=1, rank=2, tokens=80, energy=True))
     assert set(found) == {"seconds", "peak_bytes", "model_bytes", "energy"}
@@ -37,10 +28,11 @@ def test_a_case_measures_seconds_memory_and_energy(case, subject, monkeypatch):
 
 
 def test_rows_growth_and_page_come_from_the_cases(monkeypatch):
-    monkeypatch.setattr(cost_attach, "child", fake)
-    settings, seen = Attach(variants=("pissa", "olora")), []
+    monkeypatch.setattr(cost_attach, "child", lambda specs: [fake(spec) for spec in specs])
+    settings, seen = Attach(cases=("pissa", "pissa_fast", "olora")), []
     record = {"settings": vars(settings), "rows": attach_rows(settings, seen.append), "growth": growth_rows(settings)}
-    assert seen == ["pissa, ours", "pissa, peft", "olora, ours", "olora, peft"]
+    assert seen == [name for case in settings.cases for name in (case, f"{case}, PEFT")]
+    assert len(seen) == count(settings, "attach")
     for row in record["growth"]:
         assert abs(row["seconds_exponent"] - 2) < 1e-9
         assert abs(row["peak_bytes_exponent"] - 1) < 1e-9
@@ -54,8 +46,3 @@ def test_rows_growth_and_page_come_from_the_cases(monkeypatch):
 
 def test_exponent_is_the_slope_of_the_logarithms():
     assert abs(exponent([1, 2, 4, 8], [3 * n**1.5 for n in (1, 2, 4, 8)]) - 1.5) < 1e-12
-
-
-def test_unknown_variant_is_refused():
-    with pytest.raises(ll.LoraLiteError, match="variants='lora'"):
-        Attach(variants=("lora",))
