@@ -1,6 +1,7 @@
 """Adapter: the module that hangs under a layer, owns its tensors, its coefficient, its hooks and every cast."""
 
 import contextlib
+import functools
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -87,6 +88,14 @@ class Adapter(nn.Module):
     listed: ClassVar[bool] = True  # False: what the library itself makes, no method to choose
     claims: ClassVar[Claims] = Claims()
 
+    # of each adapter; here is what it starts with
+    values: Tensor | None = None  # `linalg.distinct` of a coefficient tensor that is not trained
+    common: float | Tensor | None = None  # the coefficient of all layers, where `scale` by groups multiplies it
+    fired: bool = False
+    path: str = ""  # of its layer, seen from the module that was attached to
+    group: Group = NOWHERE
+    original: Original | None = None  # while merged
+
     def __init__(
         self, d_in: int, d_out: int, cfg: AdapterConfig, *, device: Any = None, matrix_dtype: torch.dtype | None = None
     ):
@@ -95,12 +104,6 @@ class Adapter(nn.Module):
         self.d_in, self.d_out = d_in, d_out
         self.cfg: Any = cfg
         self.coeff: float | Tensor = cfg.coeff
-        self.values: Tensor | None = None  # `linalg.distinct` of a coefficient tensor that is not trained
-        self.common: float | Tensor | None = None  # the coefficient of all layers, where `scale` by groups multiplies it
-        self.fired = False
-        self.path = ""  # of its layer, seen from the module that was attached to
-        self.group: Group = NOWHERE
-        self.original: Original | None = None  # while merged
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.shared: dict[str, Shared] = {}
         self.report: dict[str, float] = {}  # what group_init measured, such as the captured share of a statistic
@@ -113,7 +116,7 @@ class Adapter(nn.Module):
                 )
             frozen_matrix = not spec.trainable and len(spec.shape) > 1
             dtype = (matrix_dtype if frozen_matrix else None) or cfg.dtype
-            tensor = torch.zeros((0,) if spec.shared else spec.shape, dtype=dtype, device=device)
+            tensor = torch.empty((0,) if spec.shared else spec.shape, dtype=dtype, device=device)
             if spec.trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -178,8 +181,13 @@ class Adapter(nn.Module):
         """The scale alpha / r, or alpha / sqrt(r) with rslora."""
         return self.cfg.s
 
-    def specs(self) -> dict[str, ParamSpec]:
+    @functools.cached_property
+    def declared(self) -> dict[str, ParamSpec]:
         return type(self).param_specs(self.d_in, self.d_out, self.cfg)
+
+    def specs(self) -> dict[str, ParamSpec]:
+        """The declaration of every tensor, which the variant is asked for once."""
+        return self.declared
 
     @torch.no_grad()
     def start(self, path: str) -> None:
@@ -240,9 +248,10 @@ class Adapter(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Shared tensors are pickled with their holder, once."""
+        """Shared tensors are pickled with their holder, once; declarations hold functions, which do not go into a pickle."""
         views = dict.fromkeys(self.shared)
-        return {**self.__dict__, "_buffers": {**self._buffers, **views}}
+        kept = {key: value for key, value in self.__dict__.items() if key != "declared"}
+        return {**kept, "_buffers": {**self._buffers, **views}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -231,9 +231,10 @@ def install(
 ) -> None:
     """Hang the filled adapters and freeze the base; undone whole when it is interrupted. lineage None: a new one."""
     earlier = runtime.adapters(model)
-    flags = earlier[0].adapter.group.base_flags if earlier else {k: p.requires_grad for k, p in model.named_parameters()}
+    base = {} if earlier else dict(model.named_parameters())
+    flags = earlier[0].adapter.group.base_flags if earlier else {key: p.requires_grad for key, p in base.items()}
     group = Group(name, cfg, flags, lineage or Lineage())
-    trainable = [] if earlier else [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for p in base.values() if p.requires_grad]
     try:
         for path, adapter in adapters.items():
             adapter.install(targets[path], path, group)
