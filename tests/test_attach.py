@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -598,3 +599,10 @@ def test_layers_of_rank_zero_are_left_out():
         ll.find_targets(toy.toy(), ll.LoRAConfig(rank_pattern={"blocks": 0}))
     with pytest.raises(ll.LoraLiteError, match=r"rank_pattern\['q_proj'\]=-1"):
         ll.LoRAConfig(rank_pattern={"q_proj": -1})
+
+
+def test_an_adapter_whose_start_is_a_closure_goes_through_pickle():
+    model = nn.Sequential(nn.Linear(8, 6))
+    handle = ll.attach(model, ll.config("lora", r=2, init="gaussian"))
+    back = pickle.loads(pickle.dumps(model))
+    assert back[0].default.specs().keys() == handle.layers["0"].specs().keys()
