@@ -37,6 +37,23 @@ def chain():
     return model, [shot for shot, _ in taken], [changes for _, changes in taken]
 
 
+def test_what_is_made_in_inference_mode_composes_and_passes_gradients_afterwards():
+    model, x = toy.one(32, 32), toy.inputs(4, 32).requires_grad_()
+    (a, _), (b, _) = phases(model, count=2)
+    with torch.inference_mode():
+        made = [ll.compose({a: 1.0}), ll.compose({a: 0.5, b: 0.25}), ll.ties({a: 1.0, b: 1.0}), ll.dare({a: 0.5, b: 0.5})]
+    for composed in made:
+        assert not any(tensor.is_inference() for tensor in composed.tensors.values())
+        handle = ll.apply(model, composed, name="made")
+        with torch.inference_mode():
+            again = ll.snapshot(model)
+            ll.merge(model)
+        assert not any(tensor.is_inference() for tensor in (*again.tensors.values(), model.o_proj.weight))
+        (gradient,) = torch.autograd.grad(model(x).sum(), x)
+        assert error(gradient, model.o_proj.weight.sum(0).expand_as(gradient)) < 1e-5
+        handle.detach()
+
+
 # --- delta space ------------------------------------------------------------------------------------------------------
 
 

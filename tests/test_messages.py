@@ -86,6 +86,25 @@ def test_inference_mode_and_meta_device():
     refusal(lambda: ll.attach(toy.toy().to("meta"), ll.config("lora")), "blocks.0.q_proj has no weights", "meta device")
 
 
+def test_lost_hooks_name_each_layer_of_one_adapter_once():
+    model = toy.toy()
+    for name, leaf in (("a", "q_proj"), ("b", "o_proj")):
+        ll.attach(model, ll.config("lora", targets=(leaf,)), name=name)
+    for module in model.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    refusal(lambda: ll.merge(model), "'a' are gone from blocks.0.q_proj, blocks.1.q_proj:", "ll.repair(model)", model=model)
+
+
+def test_a_name_in_use_is_repaired_by_the_argument_that_apply_and_load_take_too():
+    model = toy.toy()
+    ll.attach(model, ll.config("lora"))
+    taken = ll.snapshot(model)
+    with pytest.raises(ll.LoraLiteError) as raised:
+        ll.apply(model, taken, name="default")
+    assert str(raised.value).splitlines()[-1].strip() == 'name="default_2"'
+
+
 def test_rank_above_the_layer_names_the_layer():
     model = toy.toy()
     for name in ll.names():

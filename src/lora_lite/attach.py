@@ -204,13 +204,13 @@ def refuse_name(model: nn.Module, targets: dict[str, Layer], name: str) -> None:
         raise LoraLiteError(
             f"There is an adapter {name!r} already.",
             found=f"Adapters of this model: {some(taken)}.",
-            fix=f'll.attach(model, cfg, name="{name}_2")',
+            fix=f'name="{name}_2"',
         )
     for path, layer in targets.items():
         if not isinstance(name, str) or not name.isidentifier() or hasattr(layer, name):
             raise LoraLiteError(
                 f"An adapter cannot be called {name!r}: {path} has such an attribute or it is no identifier.",
-                fix='ll.attach(model, cfg, name="style")',
+                fix='name="style"',
             )
 
 

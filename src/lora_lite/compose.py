@@ -20,6 +20,7 @@ Gain = float | Mapping[str, float]
 Weights = Mapping[Snapshot | Increment, Gain]
 
 
+@torch.inference_mode(False)  # what it makes outlives the caller's inference mode
 def compose(
     weights: Weights | str,
     *,

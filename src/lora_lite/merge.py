@@ -83,6 +83,7 @@ def refuse_packed(found: list[runtime.Found], dense: bool | torch.dtype) -> None
             )
 
 
+@torch.inference_mode(False)  # what it makes outlives the caller's inference mode
 def merge(model: nn.Module, name: str | None = None, *, dense: bool | torch.dtype = False) -> None:
     """Fold adapter `name`, or all, into new weight storage at the current coefficients; `unmerge` gives the old one back.
 

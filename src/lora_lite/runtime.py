@@ -89,7 +89,8 @@ def refuse_lost(found: list[Found]) -> None:
         )
     if lost := [f for f in found if not f.adapter.hooked(f.layer)]:
         raise LoraLiteError(
-            f"The hooks of adapter {lost[0].name!r} are gone from {some(f.path for f in lost)}: another program removed them.",
+            f"The hooks of adapter {lost[0].name!r} are gone from {some(f.path for f in lost if f.name == lost[0].name)}: "
+            "another program removed them.",
             expected="What was trained since then was not this adapter.",
             fix="ll.repair(model)",
         )

@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import runtime, shared
@@ -54,6 +55,7 @@ class Increment:
     start: Snapshot
 
 
+@torch.inference_mode(False)  # what it makes outlives the caller's inference mode
 def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
     """Copy the tensors of adapter `name` (None: the only one), with its config and its lineage.
 

@@ -17,6 +17,7 @@ from .snapshot import Snapshot
 from .spec import seeded
 
 
+@torch.inference_mode(False)  # what it makes outlives the caller's inference mode
 def ties(weights: Weights, *, density: float = 0.2, rank: int | None = None) -> Snapshot:
     """The TIES merge of snapshots {a: c_a, b: c_b, ...}; equal weights are the paper's lambda. A snapshot for `apply`.
 
@@ -49,6 +50,7 @@ def elected(tensors: list[Tensor]) -> Tensor:
     return torch.where(agree, t, 0.0).sum(0) / agree.sum(0).clamp(min=1)
 
 
+@torch.inference_mode(False)  # what it makes outlives the caller's inference mode
 def dare(weights: Weights, *, drop: float = 0.9, seed: int = 0, rank: int | None = None) -> Snapshot:
     """The DARE merge of snapshots {a: c_a, b: c_b, ...}: a snapshot for `apply`.
 
