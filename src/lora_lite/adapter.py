@@ -88,14 +88,6 @@ class Adapter(nn.Module):
     listed: ClassVar[bool] = True  # False: what the library itself makes, no method to choose
     claims: ClassVar[Claims] = Claims()
 
-    # of each adapter; here is what it starts with
-    values: Tensor | None = None  # `linalg.distinct` of a coefficient tensor that is not trained
-    common: float | Tensor | None = None  # the coefficient of all layers, where `scale` by groups multiplies it
-    fired: bool = False
-    path: str = ""  # of its layer, seen from the module that was attached to
-    group: Group = NOWHERE
-    original: Original | None = None  # while merged
-
     def __init__(
         self, d_in: int, d_out: int, cfg: AdapterConfig, *, device: Any = None, matrix_dtype: torch.dtype | None = None
     ):
@@ -103,7 +95,14 @@ class Adapter(nn.Module):
         super().__init__()
         self.d_in, self.d_out = d_in, d_out
         self.cfg: Any = cfg
+        # State stands on the instance: torch.compile compiles again where an instance overrides a default of the class.
         self.coeff: float | Tensor = cfg.coeff
+        self.values: Tensor | None = None  # `linalg.distinct` of a coefficient tensor that is not trained
+        self.common: float | Tensor | None = None  # the coefficient of all layers, where `scale` by groups multiplies it
+        self.fired = False
+        self.path = ""  # of its layer, seen from the module that was attached to
+        self.group: Group = NOWHERE
+        self.original: Original | None = None  # while merged
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.shared: dict[str, Shared] = {}
         self.report: dict[str, float] = {}  # what group_init measured, such as the captured share of a statistic
@@ -116,7 +115,7 @@ class Adapter(nn.Module):
                 )
             frozen_matrix = not spec.trainable and len(spec.shape) > 1
             dtype = (matrix_dtype if frozen_matrix else None) or cfg.dtype
-            tensor = torch.empty((0,) if spec.shared else spec.shape, dtype=dtype, device=device)
+            tensor = torch.zeros((0,) if spec.shared else spec.shape, dtype=dtype, device=device)
             if spec.trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:

@@ -307,7 +307,7 @@ def redrawn(path: str | Path, adapters: dict[str, Adapter], seed: int, hashes: d
 def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, Tensor], known: dict[str, Tensor]) -> None:
     """Copy the file's tensors into the built adapters, `known` shared ones beside them.
 
-    Raises LoraLiteError naming missing, unexpected, misshaped and non-finite ones; the adapters are then of no use.
+    Raises LoraLiteError naming missing, unexpected and misshaped ones.
     """
     places = {f"{p}.{key}": tensor for p, adapter in adapters.items() for key, tensor in adapter.state_dict().items()}
     common = {name: shared.holders(adapters, name) for name in shared.declared(adapters)}
@@ -319,15 +319,11 @@ def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, T
         for key, place in places.items()
         if key in tensors and tensors[key].shape != place.shape
     ]
-    with torch.no_grad():
-        for key in places.keys() & tensors.keys():
-            tensor = tensors[key]
-            if not tensor.is_floating_point():
-                problems.append(f"{key} is {str(tensor.dtype).removeprefix('torch.')}")
-            elif not is_finite(tensor):
-                problems.append(f"{key} is not finite")
-            elif not problems:
-                places[key].copy_(tensor)  # at once, while its numbers are in the cache
+    problems += [
+        f"{key} is {str(tensor.dtype).removeprefix('torch.')}" if not tensor.is_floating_point() else f"{key} is not finite"
+        for key, tensor in tensors.items()
+        if key in places and not (tensor.is_floating_point() and is_finite(tensor))
+    ]
     if problems:
         raise LoraLiteError(
             f"{path} does not fit its own config: {some(sorted(problems))}.",
@@ -335,4 +331,6 @@ def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, T
             fix="ll.save(model, path)  # with the version that trained it",
         )
     with torch.no_grad():
+        for key, place in places.items():
+            place.copy_(tensors[key])
         shared.fill(adapters, {**{name: tensors[f"*.{name}"] for name in common if name not in known}, **known})

@@ -83,7 +83,7 @@ def allocate(adapters: dict[str, Any]) -> None:
         family: MutableMapping[Place, Shared] = WeakValueDictionary()
         for adapter in adapters.values():
             device, dtype = key = place(getattr(adapter, name))
-            adapter.share(name, family.get(key) or Shared(torch.empty(shape, device=device, dtype=dtype), family))
+            adapter.share(name, family.get(key) or Shared(torch.zeros(shape, device=device, dtype=dtype), family))
 
 
 def draw(name: str, spec: ParamSpec, shape: Shape, seed: int) -> Tensor:
