@@ -231,12 +231,26 @@ def test_route_over_adapters_weighs_them_by_name():
     assert found.gains == {"default": 1.0, "second": 1.5}
 
 
+@pytest.mark.parametrize("at", [0.0, 1.0])
+def test_a_score_that_is_nan_ends_a_route_with_the_coefficients_of_before(at):
+    model = toy.toy()
+    ll.attach(model, ll.config("lora"))
+    ll.scale(model, 0.5)
+
+    def score(_):
+        return float("nan") if ll.status(model).layers[0].coeff == 0.5 * at else 1.0
+
+    refusal(lambda: ll.route(model, "layer", (0.0, 1.0), score=score, select=[1], report=[2]), f"gain {at:g} is NaN")
+    assert {row.coeff for row in ll.status(model).layers} == {0.5}
+
+
 def test_route_refuses_a_grid_without_1_and_one_data_set_for_both():
     model, _ = adapted()
     data, calls = [1], []
     arguments = {"score": calls.append, "select": data, "report": [1]}
     refusal(lambda: ll.route(model, "layer", (0.0, 0.5), **arguments), "1 among them")
-    refusal(lambda: ll.route(model, "layer", (1.0, 0.5, 0.5), **arguments), "Different gains")
+    refusal(lambda: ll.route(model, "layer", (1.0, 0.5, 0.5), **arguments), "Different finite gains")
+    refusal(lambda: ll.route(model, "layer", (1.0, float("nan")), **arguments), "Different finite gains")
     refusal(lambda: ll.route(model, "head", (1.0,), **arguments), "'head'")
     refusal(lambda: ll.route(model, "layer", (1.0,), **{**arguments, "report": data}), "the same object")
     refusal(lambda: ll.route(toy.toy(), "layer", (1.0,), **arguments), "no adapter")

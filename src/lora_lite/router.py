@@ -1,5 +1,6 @@
 """route: choose a gain for each group of layers by a score, one group after the other; frontier: what a choice is worth."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,14 +50,15 @@ def route(
     grid    gains to try, 1 among them; a tie keeps the present one. `score` is called exactly groups x grid times
     report  data that no score sees, for `Routing.measure`; another object than `select`
 
-    Raises LoraLiteError before the first call for a grid without 1, an unknown kind and data given twice.
+    Raises LoraLiteError before the first call for a grid without 1 or not finite, an unknown kind and data given twice, and
+    for a score that is NaN.
     """
     if groups not in ("layer", "module", "adapter"):
         raise LoraLiteError(
             f"There are no groups {groups!r}.", expected="'layer', 'module' or 'adapter'.", fix='groups="layer"'
         )
-    if 1 not in grid or len(set(grid)) != len(grid):
-        raise LoraLiteError(f"grid={grid}", expected="Different gains, 1 among them.", fix="grid=(0.0, 0.5, 1.0)")
+    if 1 not in grid or len(set(grid)) != len(grid) or not all(map(math.isfinite, grid)):
+        raise LoraLiteError(f"grid={grid}", expected="Different finite gains, 1 among them.", fix="grid=(0.0, 0.5, 1.0)")
     if select is report:
         raise LoraLiteError(
             "select and report are the same object.",
@@ -70,6 +72,12 @@ def route(
         for gain in grid:
             with scaled(bank, groups, {**chosen, name: gain}):
                 tried[float(gain)] = float(score(select))
+        if unknown := [gain for gain, value in tried.items() if math.isnan(value)]:
+            raise LoraLiteError(
+                f"The score of {name} at gain {unknown[0]:g} is NaN.",
+                expected="Numbers that can be compared; -inf is never chosen before another.",
+                fix="score=lambda data: -math.inf if math.isnan(value := metric(data)) else value",
+            )
         best = max(tried.values())
         chosen[name] = 1.0 if tried[1.0] == best else next(gain for gain, value in tried.items() if value == best)
         scores[name] = tried
