@@ -51,7 +51,7 @@ class Attach:
     rank: int = 16
     tokens: int = 512
     batches: int = 2
-    repeats: int = 3
+    repeats: int = 2
     threads: int = 2
     peer: str = "peft"
     large: int = 6

@@ -228,5 +228,11 @@ def page(record: dict[str, Any]) -> str:
                 shown = " | ".join(cell(row, *rest) for _, *rest in COLUMNS)
                 lines.append(f"| `{label(row)}` | {row['r'] or '-'} | {shown} |")
     walls = ", ".join(f"{part} {seconds / 60:.1f}" for part, seconds in record["wall_seconds"].items())
-    lines += ["", *prose(record), "", f"Minutes that the parts of this run took: {walls}."]
+    lines += [
+        "",
+        *prose(record),
+        "",
+        f"Minutes that the parts of this run took: {walls}.",
+        *textwrap.wrap(record.get("note", ""), 120),
+    ]
     return "\n".join(lines) + "\n"

@@ -559,3 +559,15 @@ def test_shares_outside_their_range_are_refused(chain):
         refusal(lambda density=density: ll.ties({a: 1.0}, density=density), f"density={density}")
     for drop in (-0.1, 1.0):
         refusal(lambda drop=drop: ll.dare({a: 1.0}, drop=drop), f"drop={drop}")
+
+
+def test_other_types_than_weights_and_snapshots_are_named():
+    model = toy.toy()
+    ll.attach(model, ll.config("lora", r=2))
+    a = ll.snapshot(model)
+    with pytest.raises(ll.LoraLiteError, match="not a list"):
+        ll.compose([a])
+    with pytest.raises(ll.LoraLiteError, match=r"not a Increment(.|\n)*ll.compose"):
+        ll.apply(toy.toy(), a - a, name="x")
+    with pytest.raises(ll.LoraLiteError, match="not a str"):
+        ll.apply(toy.toy(), "a", name="x")

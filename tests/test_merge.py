@@ -226,3 +226,29 @@ def test_a_variant_that_is_not_linear_is_refused_by_name():
         base = model(x)
         ll.apply(model, ll.compose({shot: 0.5}, space="output"), name="part")
         assert error(model(x), (want + base) / 2) < 1e-6
+
+
+def test_detach_of_one_merged_adapter_leaves_those_of_other_layers_merged():
+    model = toy.toy()
+    toy.perturb(ll.attach(model, ll.config("lora", r=2, targets=("q_proj",)), name="a"), 0.1)
+    toy.perturb(ll.attach(model, ll.config("hra", r=2, targets=("down_proj",)), name="b"), 0.1)
+    ll.merge(model, "a")
+    ll.merge(model, "b")
+    ll.detach(model, "b")
+    assert {row.state for row in ll.status(model).layers} == {"merged"}
+    assert {row.name for row in ll.status(model).layers} == {"a"}
+
+
+def test_detach_of_one_of_two_merged_into_a_layer_leaves_the_other_acting():
+    model, x = toy.toy(), toy.inputs(3, toy.WIDTH)
+    toy.perturb(ll.attach(model, ll.config("lora", r=2, targets=("q_proj",)), name="a"), 0.1)
+    alone = model(x)
+    toy.perturb(ll.attach(model, ll.config("hra", r=2, targets=("q_proj",)), name="b"), 0.1)
+    ll.merge(model)
+    ll.detach(model, "b")
+    assert torch.equal(model(x), alone)
+
+
+def test_delta_weight_of_a_model_without_adapters_says_so():
+    with pytest.raises(ll.LoraLiteError, match="The model has no adapter"):
+        ll.delta_weight(toy.toy(), "q_proj")

@@ -254,15 +254,16 @@ def install(
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Take off the adapter `name`, or all of them; with the last one the base is as it was before the first attach.
 
-    A merged layer gets its own bits back. Raises LoraLiteError for a name that is not there.
+    A merged layer gets its own bits back; other adapters that were merged into it act beside it again.
+    Raises LoraLiteError for a name that is not there.
     """
-    from .merge import unmerge
+    from .merge import put_back
 
     model = unwrapped(model)
     leaving = runtime.adapters(model, name)
     runtime.refuse_other_root(leaving)
-    if any(found.adapter.original is not None for found in leaving):
-        unmerge(model)
+    layers = {found.path for found in leaving if found.adapter.original is not None}
+    put_back([found for found in runtime.adapters(model) if found.path in layers])
     flags = leaving[0].adapter.group.base_flags if leaving else {}
     for found in leaving:
         found.adapter.remove(found.layer)

@@ -49,6 +49,12 @@ def compose(
         raise LoraLiteError(
             f"rank={rank!r} in {space} space.", expected="A number of at least 1, in delta space.", fix="rank=8"
         )
+    if not isinstance(weights, (str, Mapping)):
+        raise LoraLiteError(
+            f"compose takes weights by snapshot, not a {type(weights).__name__}.",
+            expected="A mapping, or a route with its chain.",
+            fix="ll.compose({a: 1.0, b: 0.5})",
+        )
     members = resolved(on_chain(weights, chain))
     used = [member for member, at in members.items() if any(at.values())]
     if rank is None and len(used) == 1 and all(weight == 1 for weight in members[used[0]].values()):

@@ -59,7 +59,7 @@ def on_layer(model: nn.Module, layer_path: str, name: str | None) -> tuple[Layer
     if not found:
         raise LoraLiteError(
             f"{layer_path!r} has no adapter.",
-            found=f"Adapted layers: {some(dict.fromkeys(f.path for f in runtime.adapters(model)))}.",
+            found=f"Adapted layers: {some(dict.fromkeys(f.path for f in runtime.present(model, name)))}.",
             fix="ll.status(model)",
         )
     refuse_unmergeable(found)
@@ -119,7 +119,7 @@ def merge(model: nn.Module, name: str | None = None, *, dense: bool | torch.dtyp
         for path, found in by_layer.items():
             swap(found, *new[path])
     except BaseException:
-        unmerge(model)
+        put_back(chosen)
         raise
 
 
@@ -161,7 +161,12 @@ def swap(found: list[runtime.Found], weight: Tensor, bias: Tensor | None) -> Non
 
 def unmerge(model: nn.Module) -> None:
     """Put back the original weights, the very same tensors, of every merged layer."""
-    for f in runtime.adapters(unwrapped(model)):
+    put_back(runtime.adapters(unwrapped(model)))
+
+
+def put_back(found: list[runtime.Found]) -> None:
+    """The original weights of these layers; `found` holds all merged adapters of each of them."""
+    for f in found:
         if f.adapter.original is not None:
             f.layer.__class__ = f.adapter.original.kind
             f.layer.weight, f.layer.bias = f.adapter.original[:2]

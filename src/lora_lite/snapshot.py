@@ -96,6 +96,14 @@ def apply(model: nn.Module, composed: Snapshot, *, name: str, strict_base: bool 
     strict_base  False attaches to a base whose weights differ from those it belongs to
     Raises LoraLiteError before anything is changed: missing layers, another base, a name in use, a compiled or sharded model.
     """
+    if not isinstance(composed, Snapshot):
+        raise LoraLiteError(
+            f"apply takes a snapshot, not a {type(composed).__name__}.",
+            expected="What ll.snapshot or ll.compose returns.",
+            fix="ll.apply(model, ll.compose({composed: 1.0}), name=name)"
+            if isinstance(composed, Increment)
+            else "ll.apply(model, ll.snapshot(model), name=name)",
+        )
     refuse_unready(model)
     targets = layers_of(model, f"{composed}", list(composed.layers))
     refuse_name(model, targets, name)
