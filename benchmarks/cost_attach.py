@@ -167,7 +167,7 @@ def measured(spec: dict[str, Any]) -> dict[str, Any]:
         forget_peak()
         before = memory("VmRSS")
         taken.append(seconds(lambda: found.update(work(ours, spec))))  # noqa: B023
-        peak = peak if repeat else memory("VmHWM") - before
+        peak = peak if repeat else max(0, memory("VmHWM") - before)  # the kernel's counters lag by some pages
     share = None
     if spec["energy"]:  # on weights that PEFT has not rewritten
         share = energy(stack(spec["d"], spec["layers"], spec["shape"]), spec, found)
