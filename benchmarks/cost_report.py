@@ -17,7 +17,7 @@ def pairs(row: dict[str, Any], subject: str, measure: str, beside: str = "bare")
     ours, other = row.get(subject, {}).get(measure), row.get(beside, {}).get(measure)
     if ours is None or other is None:
         return []
-    rounds = min(len(values) for values in (ours, other, [0.0] * 1000) if isinstance(values, list))
+    rounds = min((len(values) for values in (ours, other) if isinstance(values, list)), default=1)
     ours, other = ((v if isinstance(v, list) else [v] * rounds) for v in (ours, other))
     return [a / b for a, b in zip(ours, other)]
 

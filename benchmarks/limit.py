@@ -42,7 +42,7 @@ def moved_bytes(model: nn.Module, ids: Tensor) -> dict[str, int]:
     """Of the adapters' tensors, as often as each is used, and of the activations that they change, in their layer's dtype."""
     tensors, activations = 0, 0
     for _, layer, _, adapter in adapters(model):
-        tensors += sum(t.numel() * t.element_size() for t in adapter.state_dict().values())
+        tensors += sum(t.numel() * t.element_size() for t in adapter.tensors().values())
         changed = adapter.d_in * adapter.changes_input() + adapter.d_out * adapter.changes_output()
         activations += ids.numel() * changed * layer.weight.element_size()
     return {kind: TENSOR_PASSES[kind] * tensors + ACTIVATION_PASSES[kind] * activations for kind in TENSOR_PASSES}
