@@ -8,17 +8,59 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal, TypeVar, Union
 
 import torch
 
 from .errors import LoraLiteError, closest
 
 C = TypeVar("C", bound="AdapterConfig")
+O = TypeVar("O", bound="Options")
+
+
+class Options:
+    """Parent of frozen dataclasses whose fields are checked by name and kind when one is built; `home`: where users find them.
+
+    Raises LoraLiteError for an unknown field and a value of the wrong kind.
+    """
+
+    home: ClassVar[str] = "lora_lite"
+
+    def __new__(cls: type[O], **fields: Any) -> O:
+        known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        for name in fields.keys() - known:
+            raise LoraLiteError(
+                f"{cls.__name__} has no field {name!r}.",
+                found=closest(name, known),
+                fix=f"help({cls.home}.{cls.__name__})",
+            )
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for name in (f.name for f in dataclasses.fields(self) if f.init):  # type: ignore[arg-type]
+            hint = hints[name]
+            value = normalised(getattr(self, name), hint)
+            object.__setattr__(self, name, value)
+            if not accepts(value, hint):
+                unused = hint is types.NoneType
+                raise LoraLiteError(
+                    f"{type(self).__name__}({name}={value!r}) cannot be built.",
+                    expected=f"This method has no {name}: the value would be ignored."
+                    if unused
+                    else f"{name}: {readable(hint)}.",
+                    fix=f"{type(self).__name__}()  # without {name}" if unused else "",
+                )
+
+    def refuse(self, name: str, value: object, expected: str, fix: str = "") -> typing.NoReturn:
+        """Raise the error for one field; for `__post_init__` of subclasses."""
+        raise LoraLiteError(
+            f"{type(self).__name__}({name}={value!r}) cannot be built.", expected=f"{name} is {expected}.", fix=fix
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class AdapterConfig(Options):
     """Options of every variant; a subclass adds its own and may narrow these (`alpha: None = None`: has no alpha).
 
     r             rank, at least 1
@@ -52,29 +94,8 @@ class AdapterConfig:
     coeff: float = 1.0
     lr: float = 1e-4
 
-    def __new__(cls: type[C], **fields: Any) -> C:
-        known = {f.name for f in dataclasses.fields(cls)}
-        for name in fields.keys() - known:
-            raise LoraLiteError(
-                f"{cls.__name__} has no field {name!r}.",
-                found=closest(name, known),
-                fix=f"help(lora_lite.{cls.__name__})",
-            )
-        return object.__new__(cls)
-
     def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(type(self)).items():
-            value = normalised(getattr(self, name), hint)
-            object.__setattr__(self, name, value)
-            if not accepts(value, hint):
-                unused = hint is types.NoneType
-                raise LoraLiteError(
-                    f"{type(self).__name__}({name}={value!r}) cannot be built.",
-                    expected=f"This method has no {name}: the value would be ignored."
-                    if unused
-                    else f"{name}: {readable(hint)}.",
-                    fix=f"{type(self).__name__}()  # without {name}" if unused else "",
-                )
+        super().__post_init__()
         for name in ("r", "alpha", "lr"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -93,12 +114,6 @@ class AdapterConfig:
                 self.refuse("targets, exclude or rank_pattern", pattern, f"a name or a regular expression ({error})")
         if self.targets == ():
             self.refuse("targets", (), 'at least one name or regular expression, or "all-linear"')
-
-    def refuse(self, name: str, value: object, expected: str, fix: str = "") -> typing.NoReturn:
-        """Raise the error for one field; for `__post_init__` of subclasses."""
-        raise LoraLiteError(
-            f"{type(self).__name__}({name}={value!r}) cannot be built.", expected=f"{name} is {expected}.", fix=fix
-        )
 
     @property
     def s(self) -> float:
