@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
 BASE = {"d": 512, "rank": 16, "layers": 2, "tokens": 256}
 GROWTH = {"d": (256, 512, 768, 1024), "rank": (4, 8, 16, 32), "layers": (1, 2, 4, 8), "tokens": (256, 512, 1024, 2048)}
 GROWN = ("pissa", "corda")
-LARGE = ("pissa_fast",)
+LARGE = ("pissa_fast", "corda")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from .calibrate import LABELS, Stats, Weights
 from .config import AdapterConfig
 from .errors import LoraLiteError, some
 from .linalg import is_finite
-from .measure import measure
+from .passes import collect
 from .quantised import is_packed, keep_trainable, refuse_without_gradient
 from .registry import variant_of
 from .spec import seeded
@@ -78,7 +78,8 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
     """Hang the variant that `cfg` belongs to under every layer it selects; freeze the base; train nothing yet.
 
     calibration_data  batches for variants that start from data: an iterable of mappings, tuples or tensors that the model
-                      is called with, or {"positive": batches, "negative": batches}
+                      is called with, or {"positive": batches, "negative": batches}; read once for each group of layers
+                      (see passes.py) where sums of all layers together are large; an iterator is read once whatever they take
     name              keys the adapter; several may share a model, applied in the order attached
 
     Raises LoraLiteError before anything is changed: unknown targets, a rank or block size that a layer does not allow,
@@ -99,12 +100,12 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
     refuse_name(model, targets, name)
     adapters = build_all(cls, targets, cfg)
     with runtime.disabled(model):
-        stats = measure(model, targets, wanted, calibration_data, loss_fn) if wanted else {"weight": Weights(targets)}
-    ranked = with_ranks(cls, cfg, adapters, stats)
-    if ranked is not cfg:
-        cfg, targets = ranked, find_targets(model, ranked)
-        adapters = build_all(cls, targets, cfg)
-    fill(cls, cfg, targets, adapters, stats)
+        stats = collect(model, targets, wanted, calibration_data, loss_fn) if wanted else {"weight": Weights(targets)}
+        ranked = with_ranks(cls, cfg, adapters, stats)
+        if ranked is not cfg:
+            cfg, targets = ranked, find_targets(model, ranked)
+            adapters = build_all(cls, targets, cfg)
+        fill(cls, cfg, targets, adapters, stats)
     refuse_non_finite(adapters)
     install(model, targets, adapters, name, cfg)
     return handle(model, name, cfg, adapters)

@@ -127,6 +127,15 @@ def sketch_matrix(i: int, q: int, whole: int) -> Tensor:
     return torch.linalg.qr(torch.randn(i, q, generator=torch.Generator().manual_seed(0), device="cpu")).Q
 
 
+def numbers(request: Request, i: int, o: int) -> int:
+    """How many numbers the sum holds at a layer with i inputs and o outputs."""
+    if isinstance(request.value, functools.partial):
+        q, whole = request.value.keywords["q"], request.value.keywords["whole"]
+        return i * (i if i <= max(whole, q) else q)
+    products = {"x_moment": i * i, "y_moment": o * o, "yx_moment": o * i, "wgrad": o * i}
+    return products.get(request.statistic.partition("|")[0], max(i, o))
+
+
 def labelled(data: Any) -> dict[str | None, Iterable[Any]]:
     """{label: batches}; {None: batches} for data without labels. Raises LoraLiteError for one batch given as data."""
     if isinstance(data, Mapping) and set(data) <= set(LABELS) and data:

@@ -18,6 +18,7 @@ from .calibrate import Request, Stats, Weights, kept_rows, labelled, parse
 from .errors import LoraLiteError, LoraLiteWarning, some
 from .quantised import as_stored, keep_trainable
 from .spec import seeded
+from .spectrum import MOST_ROWS
 from .targets import Layer
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -187,7 +188,10 @@ class Recorder:
 
     def add(self, name: str, path: str, value: Tensor) -> None:
         sums = self.sums[name]
-        sums[path] = sums[path].add_(value) if path in sums else value.double()
+        if path not in sums:
+            sums[path] = torch.zeros_like(value, dtype=torch.float64)
+        for rows, more in zip(sums[path].split(MOST_ROWS), value.split(MOST_ROWS)):
+            rows.add_(more)  # torch makes a copy of the summand in float64
 
     def totals(self, layers: dict[str, Layer]) -> dict[str, dict[str, Tensor]]:
         """The sums of all layers, those that share an input with one tensor. Raises for layers without one."""

@@ -11,6 +11,7 @@ C is measured where a layer has i <= o, or shares its input with such a layer, a
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .calibrate import Stats
 from .spectrum import left_svd, top_eigenvectors
@@ -48,15 +49,16 @@ def oriented_left_svd(
     *_, count, trace, moment = required(metric, call_norm)
     n, trace, M = (stats[name][path].to(W.device) for name in (count, trace, moment))
     o, i = W.shape
-    M, delta = M / n, float(damp * trace / n / i)
+    delta = float(damp * trace / n / i)
+    if metric == "full" and not smallest:
+        M = M.to(W.dtype, copy=True).div_(n)  # as precise as the products of the batches that the sums consist of
+    else:
+        M, W = M / n, W.double()
     inputs = M.shape == (i, i)  # M is C; of a square layer always
     if inputs:
         M.diagonal().add_(delta)
     if metric == "full":
-        # A product in the precision of W, like those of the batches that the sums consist of.
-        K = (W.double() @ M if smallest else W @ M.to(W.dtype)) if inputs else M.add_(W, alpha=delta)
-        return left_svd(K, r, smallest=smallest)
-    W = W.double()
+        return left_svd(W @ M if inputs else M.add_(W, alpha=delta), r, smallest=smallest)
     if o <= i:
         return rooted(W @ M @ W.T if inputs else M + delta * W @ W.T, r, smallest)
     U, S = (None, None) if smallest else left_svd(W @ root(stats, moment, path, M, delta), r)
@@ -79,9 +81,9 @@ def rooted(G: Tensor, r: int, smallest: bool) -> tuple[Tensor, Tensor]:
 
 def root(stats: Stats, moment: str, path: str, C: Tensor, delta: float) -> Tensor:
     """R (i, i) with R R^T = C, which is stats[moment][path] over the count and damped; once for layers that share an input."""
-    known: dict[tuple[int, float], Tensor] = stats.setdefault("roots", {})  # type: ignore[attr-defined]
-    key = (id(stats[moment][path]), delta)
-    if key not in known:
+    known = stats.setdefault("roots", WeakTensorKeyDictionary())  # type: ignore[attr-defined]
+    key = stats[moment][path]
+    if known.get(key, (None,))[0] != delta:
         values, Q = torch.linalg.eigh(C)
-        known[key] = Q * values.clamp(min=0).sqrt()
-    return known[key]
+        known[key] = delta, Q * values.clamp(min=0).sqrt()
+    return known[key][1]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .calibrate import Stats, require_tokens, sketch_matrix
 from .spectrum import nystrom, top_eigenvectors
@@ -35,8 +36,8 @@ def principal(names: tuple[str, ...], stats: Stats, path: str, count: int, cente
     """
     n = require_tokens(stats, path, count, f"{count} principal directions", names[0])
     trace, total, S = (stats[name][path] for name in names[1:])
-    known: dict[int, tuple[Tensor, Tensor]] = stats.setdefault("principal", {})  # type: ignore[attr-defined]
-    if id(S) not in known or len(known[id(S)][1]) < count:
+    known = stats.setdefault("principal", WeakTensorKeyDictionary())  # type: ignore[attr-defined]
+    if S not in known or len(known[S][1]) < count:
         mean = total / n if center else torch.zeros_like(total)
         if S.shape[0] == S.shape[1]:
             V, values = top_eigenvectors(S / n - torch.outer(mean, mean), count)
@@ -45,8 +46,8 @@ def principal(names: tuple[str, ...], stats: Stats, path: str, count: int, cente
             V, values = nystrom(S / n - torch.outer(mean, mean @ Omega), Omega)
         variance = float(trace / n - mean @ mean)
         floor = 1e-6 * float(trace / n) or 1.0  # a constant input has no variance beyond the rounding of its sums
-        known[id(S)] = V[:, :count].clone(), values[:count].clamp(min=0) / max(variance, floor)
-    V, shares = known[id(S)]
+        known[S] = V[:, :count].clone(), values[:count].clamp(min=0) / max(variance, floor)
+    V, shares = known[S]
     return V[:, :count], shares[:count]
 
 

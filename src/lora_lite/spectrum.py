@@ -150,7 +150,7 @@ def nearly_all(G: Tensor, V: Tensor, q: Tensor, tol: float) -> bool:
     most = (1 + tol / 2) * q
     counts = torch.arange(1, len(q) + 1, device=q.device)
     t = ((tol / 2 * q.sum() + most.flip(0).cumsum(0)) / counts).min()  # the level to which this much fills up the lowest
-    B = (V * (most - t).clamp(min=0)) @ V.T - G
+    B = torch.addmm(G, V * (most - t).clamp(min=0), V.T, beta=-1)
     B.diagonal().add_(t)
     return positive_definite(B)
 
