@@ -1,8 +1,9 @@
 """lora_lite: a LoRA-family method is one file of mathematics; everything else is given."""
 
-from . import objectives, registry
+from . import geometry, objectives, registry
 from .adapter import Adapter, Claims
 from .attach import Attached, attach, detach
+from .capture import capture
 from .compose import compose
 from .config import AdapterConfig, RanklessConfig
 from .errors import LoraLiteError, LoraLiteWarning

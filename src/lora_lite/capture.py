@@ -1,110 +1,211 @@
 """capture: record what a forward pass shows, for objectives and geometry, without changing the model.
 
-Inside the block hooks of our own stand on the model; they only keep references, and are gone when the block is left. All
-arithmetic happens afterwards, so that checkpointing repeats nothing and autocast decides nothing.
+Inside the block hooks of our own stand on the model. They keep references and compute nothing, so that checkpointing repeats
+nothing and autocast decides nothing; all arithmetic happens afterwards.
 """
 
-from collections.abc import Iterable, Set
-from dataclasses import dataclass, field
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from .errors import LoraLiteError
+from . import runtime
+from .attention import Call, recorded
+from .errors import LoraLiteError, closest, some
+from .objectives.base import NEEDS, Summand
+from .seen import Forward, Seen
+from .targets import block_index, is_compiled, plain, unwrapped
 
-Layers = int | str | Iterable[int | str] | None
+Handles = list[torch.utils.hooks.RemovableHandle]
 
 
-@dataclass
-class Forward:
-    """One forward pass: hidden states (B, T, D), one per layer, attention calls in order, and the token mask as given."""
+@contextlib.contextmanager
+def capture(
+    model: nn.Module,
+    objective: Summand | Set[str],
+    *,
+    layers: int | str | Iterable[int | str] | None = None,
+    mask: Tensor | None = None,
+    accumulate: bool = False,
+) -> Iterator[Seen]:
+    """Record the forward pass inside the block: `with ll.capture(model, objective) as seen: out = model(**batch)`.
 
-    given: Tensor | None
-    hidden: list[Tensor] = field(default_factory=list)
-    calls: list[Any] = field(default_factory=list)
+    objective   what is recorded follows from its `needs`; or a set of such names. With nothing needed, nothing is done
+    layers      hidden states are the outputs of these blocks (indices: the first number in the path) or modules (paths), and
+                an objective is the mean over them. None: the input of the output head, behind the final norm
+    mask        (B, T), 1 for tokens; None: the `attention_mask` that the model is called with, else every token counts
+    accumulate  more than one forward pass; objectives are means over them
 
-    def mask_for(self, shape: torch.Size | tuple[int, ...], what: str) -> Tensor:
-        """The token mask (B, T) as booleans for tensors whose leading axes are `shape`; all True where none was given.
+    Call `backward` after the block. Eager models, autocast, non-reentrant checkpointing and torch.compile (which compiles once
+    more for the block) give the same values. Raises LoraLiteError, naming the objective, for reentrant checkpointing, attention
+    maps of a model that calls no scaled_dot_product_attention, hidden states of a model without an output head, a mask that
+    does not fit, no forward pass or a second one, and for adapters that are merged or whose hooks are gone.
+    """
+    asked = askers(objective)
+    root = unwrapped(model)
+    seen = Seen(root, asked)
+    if not asked:
+        yield seen
+        return
+    runtime.refuse_lost(runtime.adapters(root))
+    if torch.is_grad_enabled():
+        runtime.refuse_merged(root)
+    if layers is not None and "hidden" not in asked:
+        raise LoraLiteError(
+            f"layers={layers!r} selects hidden states.", expected="Nothing here needs them.", found=f"Needs: {sorted(asked)}."
+        )
+    places = hidden_places(root, layers, asked["hidden"]) if "hidden" in asked else {}
+    with contextlib.ExitStack() as stack:
+        calls = stack.enter_context(recorded(root)) if "attention" in asked else []
+        if is_compiled(model) or any(is_compiled(module) for module in root.modules()):
+            stack.enter_context(Noticed())
+        recorder = Recorder(root, seen, calls, given=None if mask is None else token_mask(mask), accumulate=accumulate)
+        stack.callback(recorder.remove)
+        recorder.watch(places)
+        yield seen
+    seen.check()
 
-        Raises LoraLiteError where the mask has another shape; `what` names the tensors.
-        """
-        if self.given is None:
-            return torch.ones(shape, dtype=torch.bool)
-        if tuple(self.given.shape) != tuple(shape):
-            raise LoraLiteError(
-                f"The mask has shape {tuple(self.given.shape)} and does not fit {what} of {tuple(shape)} tokens.",
-                expected="(batch, time), 1 for tokens and 0 for padding.",
-                fix="ll.capture(model, objective, mask=mask)",
-            )
-        return self.given
 
-    @property
-    def mask(self) -> Tensor:
-        """The token mask (B, T), booleans; all True where the batch has none."""
-        if self.given is not None:
-            return self.given
-        if self.hidden:
-            return self.mask_for(self.hidden[0].shape[:-1], "hidden states").to(self.hidden[0].device)
-        q = self.calls[0].q
-        return self.mask_for((q.shape[0], q.shape[-2]), "attention").to(q.device)
+class Noticed(TorchFunctionMode):
+    """Changes nothing. torch.compile guards the stack of modes and not the hooks: with another mode it traces ours as well."""
 
-    @property
-    def mask_given(self) -> bool:
-        return self.given is not None
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
-    def rows(self) -> list[Tensor]:
-        """X (n, D) of every layer: the hidden rows of valid tokens in batch-major order, in float32 or better."""
-        return [
-            h[self.mask_for(h.shape[:-1], "hidden states").to(h.device)].to(torch.promote_types(h.dtype, torch.float32))
-            for h in self.hidden
+
+class Recorder:
+    """Our hooks. What runs outside a forward of the whole model, such as a recomputation, is not recorded."""
+
+    def __init__(self, root: nn.Module, seen: Seen, calls: list[Call], given: Tensor | None, accumulate: bool):
+        self.seen, self.calls, self.given, self.accumulate = seen, calls, given, accumulate
+        self.parameters = list(inspect.signature(root.forward).parameters)
+        self.running: Forward | None = None
+        self.before = 0
+        self.handles: Handles = [
+            root.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
+            root.register_forward_hook(self.leave),
         ]
 
+    def watch(self, places: dict[str, tuple[nn.Module, bool]]) -> None:
+        for module, of_input in places.values():
+            if of_input:
+                self.handles.append(module.register_forward_pre_hook(self.input_of, with_kwargs=True, prepend=True))
+            else:
+                self.handles.append(module.register_forward_hook(self.output_of))
 
-@dataclass
-class Seen:
-    """What a capture block recorded; `mask`, `hidden` and `calls` are those of its only forward pass."""
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
-    model: nn.Module
-    needs: frozenset[str]
-    asked: str = "the capture"
-    forwards: list[Forward] = field(default_factory=list)
-
-    @property
-    def only(self) -> Forward:
-        if len(self.forwards) != 1:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.seen.forwards and not self.accumulate:
             raise LoraLiteError(
-                f"{len(self.forwards)} forward passes were recorded.",
-                expected="mask, hidden and calls belong to one.",
-                fix="for forward in seen.forwards: forward.hidden",
+                "A second forward pass inside one capture block.",
+                expected="One; generation and two-part losses make several.",
+                fix="ll.capture(model, objective, accumulate=True)  # objectives are means over the passes",
             )
-        return self.forwards[0]
+        mask = self.given
+        if mask is None:
+            batch = {**dict(zip(self.parameters, args)), **kwargs}
+            mask = None if batch.get("attention_mask") is None else token_mask(batch["attention_mask"])
+        self.running, self.before = Forward(mask, torch.is_grad_enabled()), len(self.calls)
 
-    @property
-    def mask(self) -> Tensor:
-        return self.only.mask
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.running is not None:
+            self.running.calls = self.calls[self.before :]
+            self.seen.forwards.append(self.running)
+            self.running = None
 
-    @property
-    def mask_given(self) -> bool:
-        return self.only.mask_given
+    def input_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.keep(args[0] if args else next(iter(kwargs.values())))
 
-    @property
-    def hidden(self) -> list[Tensor]:
-        return self.only.hidden
+    def output_of(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.keep(output if isinstance(output, Tensor) else output[0])
 
-    @property
-    def calls(self) -> list[Any]:
-        return self.only.calls
+    def keep(self, hidden: Tensor) -> None:
+        if self.running is not None:
+            self.running.hidden.append(hidden)
+            self.running.without |= self.running.with_grad and not torch.is_grad_enabled()
 
-    @property
-    def device(self) -> torch.device:
-        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
-    def require(self, name: str, needs: Set[str]) -> None:
-        """Raise LoraLiteError where objective `name` needs what was not asked for, or nothing was recorded."""
-        if lacking := needs - self.needs:
+def askers(objective: Summand | Set[str]) -> dict[str, str]:
+    """{need: who asks for it}. Raises LoraLiteError for what is neither an objective nor a set of known needs."""
+    if isinstance(objective, Summand):
+        who: dict[str, list[str]] = {}
+        for name, term in objective.named.items():
+            for need in term.needs:
+                who.setdefault(need, []).append(repr(name))
+        return {need: f"The objective {' and '.join(names)}" for need, names in who.items()}
+    if isinstance(objective, (str, dict)) or not isinstance(objective, Iterable):
+        raise LoraLiteError(
+            f"{objective!r} is nothing to capture for.",
+            expected="An objective, or a set of needs.",
+            fix=f"ll.capture(model, ll.objectives.parse({objective!r}))"
+            if isinstance(objective, str)
+            else 'll.capture(model, {"hidden"})',
+        )
+    for need in objective:
+        if need not in NEEDS:
             raise LoraLiteError(
-                f"The objective {name!r} needs {', '.join(sorted(lacking))}.",
-                found=f"The capture was asked for {', '.join(sorted(self.needs)) or 'nothing'}.",
-                fix="with ll.capture(model, objective) as seen: ...  # the objective that is called afterwards",
+                f"There is no need {need!r}.", found=closest(str(need), NEEDS), fix='ll.capture(model, {"hidden"})'
             )
+    return dict.fromkeys(objective, "The capture")
+
+
+def token_mask(mask: Any) -> Tensor:
+    """(B, T) booleans. Raises LoraLiteError for another shape and for other numbers than 0 and 1."""
+    if not isinstance(mask, Tensor) or mask.ndim > 2:
+        raise LoraLiteError(
+            f"The mask is {f'of shape {tuple(mask.shape)}' if isinstance(mask, Tensor) else f'a {type(mask).__name__}'}.",
+            expected="One number per token, (batch, time): 1 for tokens, 0 for padding.",
+            fix="ll.capture(model, objective, mask=mask)",
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise LoraLiteError(
+            "The mask holds other numbers than 0 and 1.",
+            expected="1 for tokens, 0 for padding.",
+            fix="attention_mask = input_ids != pad_token_id",
+        )
+    return mask.bool()
+
+
+def hidden_places(root: nn.Module, layers: Any, who: str) -> dict[str, tuple[nn.Module, bool]]:
+    """{path: (module, whether its input is meant)} that show the hidden states."""
+    modules = {plain(path): module for path, module in root.named_modules()}
+    blocks: dict[int, list[str]] = {}
+    for path in modules:
+        if path.rpartition(".")[2].isdecimal() and not any(name.isdecimal() for name in path.split(".")[:-1]):
+            blocks.setdefault(block_index(path) or 0, []).append(path)
+    if layers is None:
+        head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None  # type: ignore[operator]
+        if not isinstance(head, nn.Module):
+            raise LoraLiteError(
+                f"{who} needs hidden states, and {type(root).__name__} names no output head.",
+                expected="Blocks or modules whose output is meant.",
+                found=f"Blocks: {some(map(str, sorted(blocks)))}. Modules: {some(dict(root.named_children()))}.",
+                fix=f"ll.capture(model, objective, layers=({max(blocks) if blocks else repr(list(modules)[-1])},))",
+            )
+        return {"": (head, True)}
+    wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
+    if not wanted:
+        raise LoraLiteError("layers=() selects nothing.", expected="Block indices or paths of modules.", fix="layers=(0, 1)")
+    return {path: (modules[path], False) for path in (place(layer, modules, blocks) for layer in wanted)}
+
+
+def place(layer: int | str, modules: dict[str, nn.Module], blocks: dict[int, list[str]]) -> str:
+    if isinstance(layer, int):
+        paths = blocks.get(layer, [])
+        if len(paths) == 1:
+            return paths[0]
+        raise LoraLiteError(
+            f"{f'Several modules are block {layer}: {some(paths)}' if paths else f'There is no block {layer}'}.",
+            found="" if paths else f"Blocks: {some(map(str, sorted(blocks)))}.",
+            fix=f"layers=({(paths or list(modules)[-1:])[0]!r},)  # the path of a module",
+        )
+    if layer not in modules:
+        raise LoraLiteError(f"layers: there is no module {layer!r}.", found=closest(layer, list(modules)), fix="layers=(0, 1)")
+    return layer

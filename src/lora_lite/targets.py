@@ -122,11 +122,16 @@ def plain(path: str) -> str:
     return WRAPPING.sub("", path).removesuffix(".")
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """By torch.compile(module) or module.compile()."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise where hooks would go unseen or processes drift apart: compiled, sharded or replicated models."""
     order = "ll.attach(model, cfg); model = torch.compile(model)  # the same order for fully_shard and DDP"
     for path, module in model.named_modules():
-        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        compiled = is_compiled(module)
         wrapped = type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel")
         if compiled or wrapped:
             raise LoraLiteError(

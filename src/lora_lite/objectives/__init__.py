@@ -7,5 +7,7 @@ loss = out.loss + objective(seen)
 """
 
 from .base import Objective, Random, Sum
+from .change import DeltaCosine, DeltaNorm
+from .heads import HeadDiversity
 from .hidden import L1, Gossip, Repulsion
 from .parse import names, parse

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..config import Options
 from ..errors import LoraLiteError
+from ..measure import full_precision
 
 if TYPE_CHECKING:
-    from ..capture import Forward, Seen
+    from ..seen import Forward, Seen
 
 NEEDS = frozenset({"hidden", "attention", "mask", "delta"})
 """What can be asked for: hidden states, recorded attention calls, the token mask, and the weight changes of the adapters."""
@@ -115,7 +116,7 @@ class Objective(Summand, Options):
     def value(self, seen: "Seen") -> Tensor:
         """The unweighted value, the mean over the forward passes that `seen` recorded; outside autocast."""
         seen.require(self.name, self.requires)
-        with torch.autocast(seen.device.type, enabled=False):
+        with full_precision(seen.device):
             return torch.stack([self.of(forward) for forward in seen.forwards]).mean()
 
     def evaluating(self, seed: int = 0) -> "Objective":

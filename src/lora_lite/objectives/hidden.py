@@ -14,7 +14,7 @@ from .base import Objective, Random
 from .formulas import gossip, l1, repulsion, ring_peers, subset, uniform_peers
 
 if TYPE_CHECKING:
-    from ..capture import Forward
+    from ..seen import Forward
 
 PEERS = {"uniform": uniform_peers, "ring": ring_peers}
 
@@ -22,8 +22,8 @@ PEERS = {"uniform": uniform_peers, "ring": ring_peers}
 def refuse_few(name: str, n: int, least: int) -> None:
     if n < least:
         raise LoraLiteError(
-            f"The objective {name!r} met a batch with {n} valid {'token' if n == 1 else 'tokens'}.",
-            expected=f"At least {least}, over all its sequences.",
+            f"The objective {name!r} met a batch of {n} valid tokens.",
+            expected=f"At least {least} over all its sequences.",
             fix="attention_mask = input_ids != pad_token_id  # 1 for tokens, 0 for padding",
         )
 

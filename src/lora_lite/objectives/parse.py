@@ -9,9 +9,11 @@ from typing import Any
 
 from ..errors import LoraLiteError, closest
 from .base import Objective, Sum, Summand
+from .change import DeltaNorm
+from .heads import HeadDiversity
 from .hidden import L1, Gossip, Repulsion
 
-KINDS: dict[str, type[Objective]] = {cls.name: cls for cls in (Repulsion, L1, Gossip)}
+KINDS: dict[str, type[Objective]] = {cls.name: cls for cls in (HeadDiversity, Repulsion, L1, Gossip, DeltaNorm)}
 PRESETS = {
     "none": "",
     "sparse": "l1:.0005",
