@@ -23,8 +23,8 @@ def language_model(blocks=2):
     """A Qwen3 with random weights."""
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=blocks, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, tie_word_embeddings=True, use_cache=False,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=blocks, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
     return toy.seeded(lambda: transformers.Qwen3ForCausalLM(config)).eval()
 
