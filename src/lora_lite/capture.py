@@ -5,6 +5,7 @@ nothing and autocast decides nothing; all arithmetic happens afterwards.
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Set
 from typing import Any
@@ -112,7 +113,8 @@ class Recorder:
         if mask is None:
             batch = {**dict(zip(self.parameters, args)), **kwargs}
             mask = None if batch.get("attention_mask") is None else token_mask(batch["attention_mask"])
-        self.running, self.before = Forward(mask, torch.is_grad_enabled()), len(self.calls)
+        again = functools.partial(base_calls, module, args, kwargs, ambient(self.seen.device.type))
+        self.running, self.before = Forward(mask, torch.is_grad_enabled(), base_calls=again), len(self.calls)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.running is not None:
@@ -130,6 +132,19 @@ class Recorder:
         if self.running is not None:
             self.running.hidden.append(hidden)
             self.running.without |= self.running.with_grad and not torch.is_grad_enabled()
+
+
+def ambient(device: str) -> torch.autocast:
+    """The autocast of the moment, to enter again."""
+    return torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
+
+
+@torch.no_grad()
+def base_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: torch.autocast) -> list[Call]:
+    """The attention calls of a pass with the adapters off. Dropout draws other numbers, from a stream that is put back."""
+    with runtime.disabled(model), torch.random.fork_rng(), autocast, recorded(model) as calls:
+        model(*args, **kwargs)
+    return calls
 
 
 def askers(objective: Summand | Set[str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What a capture block shows: forward passes with their token mask, hidden states and attention calls, and their checks."""
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ class Forward:
     hidden     hidden states (B, T, D), one per layer, or those that `layers` chose, in the order they came
     calls      attention calls, in the order they came
     with_grad  gradients were enabled for the pass; without  for what was recorded while they were off in the middle of it
+    base_calls runs the pass once more with the adapters off: its attention calls
     """
 
     given: Tensor | None
@@ -28,6 +29,7 @@ class Forward:
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     without: bool = False
+    base_calls: Callable[[], list[Call]] = list
 
     def mask_for(self, shape: tuple[int, ...], what: str) -> Tensor:
         """The token mask, booleans, for tensors with these leading axes (B, T); all True where none was given.

@@ -6,6 +6,7 @@ with ll.capture(model, objective) as seen:
 loss = out.loss + objective(seen)
 """
 
+from .barrier import AttentionBarrier
 from .base import Objective, Random, Sum
 from .change import DeltaCosine, DeltaNorm
 from .heads import HeadDiversity

@@ -7,12 +7,12 @@ An objective is a frozen config with its own generator, so that training with an
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import Options
 from ..errors import LoraLiteError
@@ -59,20 +59,27 @@ class Summand:
         return Sum((*self.terms, *other.terms)) if isinstance(other, Summand) else NotImplemented
 
     def state_dict(self) -> dict[str, Tensor]:
-        """{name: state of its generator} of the terms that draw; belongs into training checkpoints."""
-        return {name: term.generator.get_state() for name, term in self.named.items() if term.generator is not None}
+        """{name: state} of the terms that have one, which belongs into training checkpoints."""
+        return {name: state for name, term in self.named.items() if (state := term.state()) is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on drawing where `state_dict` was taken. Raises LoraLiteError for a state of other objectives."""
-        drawing = {name: term.generator for name, term in self.named.items() if term.generator is not None}
-        if state.keys() != drawing.keys():
+        """Go on where `state_dict` was taken. Raises LoraLiteError for a state of other objectives."""
+        if state.keys() != (here := self.state_dict()).keys():
             raise LoraLiteError(
                 f"The state belongs to other objectives: {sorted(state)}.",
-                expected=f"Here {sorted(drawing)} draw.",
+                expected=f"Here {sorted(here)} have a state.",
                 fix="objective.load_state_dict(objective.state_dict())",
             )
-        for name, generator in drawing.items():
-            generator.set_state(state[name].cpu())
+        for name, kept in state.items():
+            self.named[name].restore(kept.cpu())
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        """Settle before training what a term takes from the base's behaviour, such as alpha="auto"; most take nothing.
+
+        batches  as for calibration_data; a list where several terms read it
+        """
+        for term in self.terms:
+            term.calibrate(model, batches)
 
     def evaluating(self, seed: int = 0) -> "Summand":
         """A copy with fresh generators of this seed: measuring with it never shifts training."""
@@ -104,10 +111,15 @@ class Objective(Summand, Options):
     def terms(self) -> "tuple[Objective, ...]":  # type: ignore[override]
         return (self,)
 
-    @property
-    def generator(self) -> torch.Generator | None:
-        """The CPU generator of an objective that draws; `Random` has one."""
+    def state(self) -> Tensor | None:
+        """What training has to carry on with; None for most."""
         return None
+
+    def restore(self, state: Tensor) -> None:
+        """Take up a `state`."""
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        """Nothing to settle."""
 
     def of(self, forward: "Forward") -> Tensor:
         """The unweighted value, a scalar in float32 or better, of one recorded forward pass."""
@@ -134,9 +146,11 @@ class Random(Objective):
         super().__post_init__()
         self.drawn.manual_seed(self.seed)
 
-    @property
-    def generator(self) -> torch.Generator:
-        return self.drawn
+    def state(self) -> Tensor:
+        return self.drawn.get_state()
+
+    def restore(self, state: Tensor) -> None:
+        self.drawn.set_state(state)
 
     def evaluating(self, seed: int = 0) -> "Random":
         return dataclasses.replace(self, seed=seed)

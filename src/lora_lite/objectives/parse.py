@@ -8,12 +8,15 @@ import re
 from typing import Any
 
 from ..errors import LoraLiteError, closest
+from .barrier import AttentionBarrier
 from .base import Objective, Sum, Summand
 from .change import DeltaNorm
 from .heads import HeadDiversity
 from .hidden import L1, Gossip, Repulsion
 
-KINDS: dict[str, type[Objective]] = {cls.name: cls for cls in (HeadDiversity, Repulsion, L1, Gossip, DeltaNorm)}
+KINDS: dict[str, type[Objective]] = {
+    cls.name: cls for cls in (AttentionBarrier, HeadDiversity, Repulsion, L1, Gossip, DeltaNorm)
+}
 PRESETS = {
     "none": "",
     "sparse": "l1:.0005",
