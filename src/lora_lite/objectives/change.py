@@ -11,8 +11,9 @@ float64, since the map is the difference of the adapted and the bare layer, and 
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,13 @@ def trained(model: nn.Module, name: str | None, objective: str) -> list[runtime.
     return found
 
 
+def present_change(f: runtime.Found) -> Change:
+    """The change of one adapter on its layer, held fixed. Raises LoraLiteError where the adapter has diverged."""
+    if not all(tensor.isfinite().all() for tensor in f.adapter.parameters()):
+        raise LoraLiteError(f"Adapter {f.name!r} holds numbers at {f.path} that are not finite.", fix="a smaller learning rate")
+    return change(f.layer, f.adapter)
+
+
 def as_wide_as(value: Tensor, f: runtime.Found) -> Tensor:
     """In the dtype of the adapter, float32 or better: a float64 term would make the whole loss one."""
     return value.to(torch.promote_types(next(iter(f.adapter.tensors().values())).dtype, torch.float32))
@@ -101,7 +109,7 @@ class DeltaNorm(Objective):
 
 def square_norm(f: runtime.Found) -> Tensor:
     """|D|^2 of one adapter on its layer, with a gradient."""
-    now = change(f.layer, f.adapter)
+    now = present_change(f)
     return 2 * trained_products(f, [now])[0] - product(now, now)
 
 
@@ -121,27 +129,26 @@ class DeltaCosine(Objective):
     name: ClassVar[str] = "delta_cosine"
     requires: ClassVar[frozenset[str]] = frozenset({"delta"})
 
-    against: Any
+    against: Snapshot | Sequence[Snapshot]
     adapter: str | None = None
 
     def __post_init__(self) -> None:
-        chain = (self.against,) if isinstance(self.against, Snapshot) else self.against
-        if not isinstance(chain, (tuple, list)) or not chain or not all(isinstance(taken, Snapshot) for taken in chain):
+        super().__post_init__()
+        chain = self.snapshots
+        if not chain or not all(isinstance(taken, Snapshot) for taken in chain):
             self.refuse("against", self.against, "a snapshot, or several", "DeltaCosine(against=ll.snapshot(model))")
         if len({(taken.lineage.id, tuple(taken.layers)) for taken in chain}) > 1:
-            self.refuse(
-                "against",
-                tuple(chain),
-                "a chain of one training on the same layers",
-                "DeltaCosine(against=a) + DeltaCosine(against=b)",
-            )
-        object.__setattr__(self, "against", tuple(chain))
-        super().__post_init__()
+            fix = "DeltaCosine(against=a) + DeltaCosine(against=b)"
+            self.refuse("against", self.against, "a chain of one training on the same layers", fix)
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        return (self.against,) if isinstance(self.against, Snapshot) else tuple(self.against)
 
     @functools.cached_property
     def chain(self) -> list[dict[str, Change]]:
         """{path: change of weight at coefficient 1} of each snapshot."""
-        return [{path: change(taken.layers[path], a) for path, a in rebuilt(taken).items()} for taken in self.against]
+        return [{path: change(taken.layers[path], a) for path, a in rebuilt(taken).items()} for taken in self.snapshots]
 
     @functools.cached_property
     def phases(self) -> dict[str, list[Change]]:
@@ -155,7 +162,7 @@ class DeltaCosine(Objective):
         if not found:
             raise LoraLiteError(
                 f"The objective {self.name!r} has nothing to compare with.",
-                found=f"No change of weight in {some(map(repr, self.against))}.",
+                found=f"No change of weight in {some(map(repr, self.snapshots))}.",
                 fix="DeltaCosine(against=ll.snapshot(model))  # after training",
             )
         return found
@@ -171,14 +178,14 @@ class DeltaCosine(Objective):
                 found=f"Adapted: {some(f.path for f in found)}.",
                 fix="DeltaCosine(against=against, adapter=name)",
             )
-        goes_on = found[0].adapter.group.lineage.id == self.against[-1].lineage.id
+        goes_on = found[0].adapter.group.lineage.id == self.snapshots[-1].lineage.id
         cosines = [layer_cosines(f, self.chain[-1][f.path] if goes_on else None, self.phases[f.path]) for f in here]
         return as_wide_as(torch.cat([c.to(seen.device) for c in cosines]).mean(), found[0])
 
 
 def layer_cosines(f: runtime.Found, last: Change | None, phases: list[Change]) -> Tensor:
     """cos(D - last, phase) for each phase, (n,), D being the change of one adapter on its layer."""
-    now = change(f.layer, f.adapter)
+    now = present_change(f)
     start = zero(now) if last is None else last
     with_now, with_start, *with_phases = trained_products(f, [now, start, *phases])
     square = 2 * with_now - product(now, now) - 2 * with_start + product(start, start)

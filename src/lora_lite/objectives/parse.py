@@ -38,6 +38,10 @@ def parse(text: str) -> Summand:
 
     Raises LoraLiteError for an unknown name, an unknown field and a value that the field does not take.
     """
+    if not isinstance(text, str):
+        raise LoraLiteError(
+            f"{text!r} is no text.", expected="name:weight,field=value, joined by +.", fix=f"parse({EXAMPLE!r})"
+        )
     parts = re.split(r"\+(?=\s*[A-Za-z_])", text) if text.strip() else [""]
     found = [term(part) for part in parts]
     return found[0] if len(found) == 1 else Sum([t for summand in found for t in summand.terms])
