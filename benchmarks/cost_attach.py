@@ -1,8 +1,9 @@
 """What attaching costs beside PEFT, and how that grows: the parts `attach`, `growth` and `large` of `just bench-cost`.
 
-Every case runs in a process of its own: seconds are the median of its repeats, peak is the most memory beyond what the model
-and its libraries took before, in the first of them. Energy is |U^T M|^2 of the start's r directions U over the largest
-possible, M = W, or W C and W C^(1/2) for starts from data, the least of the first block's layers. Growth: one option at a time.
+Every case runs in a process of its own, after the same on a small model: seconds are the median of its repeats, peak is the
+most memory beyond what the model and its libraries took before, in the first of them. Energy is |U^T M|^2 of the start's r
+directions U over the largest possible, M = W, or W C and W C^(1/2) for starts from data, the least of the first block's
+layers. Growth: one option at a time.
 """
 
 import copy
@@ -160,6 +161,7 @@ def measured(spec: dict[str, Any]) -> dict[str, Any]:
     model = stack(spec["d"], spec["layers"], spec["shape"])
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     work: Callable[[nn.Module, dict[str, Any]], dict[str, Tensor]] = attach_peer if spec["subject"] == "peft" else attach_ours
+    work(stack(128, 1), {**spec, "d": 128, "layers": 1, "shape": ""})  # what a process takes once: imports, threads, kernels
     taken, peak = [], 0
     found: dict[str, Tensor] = {}
     for repeat in range(spec["repeats"]):

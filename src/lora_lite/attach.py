@@ -93,11 +93,11 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
         )
     cls = variant_of(cfg)
     loss_fn, cfg = getattr(cfg, "loss_fn", None), cfg.lasting()
-    refuse_unready(model)
+    earlier = refuse_unready(model)
     refuse_without_gradient(model)
     wanted = wanted_statistics(cls, cfg, calibration_data)
     targets = find_targets(model, cfg)
-    refuse_name(model, targets, name)
+    refuse_name(earlier, targets, name)
     adapters = build_all(cls, targets, cfg)
     with runtime.disabled(model):
         stats = collect(model, targets, wanted, calibration_data, loss_fn) if wanted else {"weight": Weights(targets)}
@@ -111,15 +111,19 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
     return handle(model, name, cfg, adapters)
 
 
-def refuse_unready(model: nn.Module) -> None:
-    """Raise where an adapter would go unseen, could not be trained, or belong to weights that are not the base."""
+def refuse_unready(model: nn.Module) -> list[runtime.Found]:
+    """Raise where an adapter would go unseen, could not be trained, or belong to weights that are not the base; else the
+    adapters that are there already.
+    """
     refuse_wrapped(model)
-    runtime.refuse_other_root(runtime.adapters(model))
-    runtime.refuse_merged(model)
+    found = runtime.adapters(model)
+    runtime.refuse_other_root(found)
+    runtime.refuse_merged(found)
     if torch.is_inference_mode_enabled():
         raise LoraLiteError(
             "Tensors made in inference mode can never be trained.", expected="A call outside it.", fix="ll.attach(model, cfg)"
         )
+    return found
 
 
 @torch.no_grad()
@@ -199,8 +203,9 @@ def wanted_statistics(cls: type[Adapter], cfg: AdapterConfig, data: Any) -> tupl
     return tuple(dict.fromkeys(names))
 
 
-def refuse_name(model: nn.Module, targets: dict[str, Layer], name: str) -> None:
-    taken = runtime.adapter_names(model)
+def refuse_name(earlier: list[runtime.Found], targets: dict[str, Layer], name: str) -> None:
+    """Raise for a name that one of the earlier adapters has, or that is no name of a submodule."""
+    taken = dict.fromkeys(found.name for found in earlier)
     if name in taken:
         raise LoraLiteError(
             f"There is an adapter {name!r} already.",

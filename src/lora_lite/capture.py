@@ -54,7 +54,7 @@ def capture(
         return
     runtime.refuse_lost(runtime.adapters(root))
     if torch.is_grad_enabled():
-        runtime.refuse_merged(root)
+        runtime.refuse_merged(runtime.adapters(root))
     if layers is not None and "hidden" not in asked:
         raise LoraLiteError(
             f"layers={layers!r} selects hidden states.", expected="Nothing here needs them.", found=f"Needs: {sorted(asked)}."

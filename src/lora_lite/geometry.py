@@ -95,7 +95,7 @@ def of_deltas(model: nn.Module, name: str | None = None) -> dict[str, float]:
 
     Raises LoraLiteError for a model without an adapter, a merged one and one that is not a linear map.
     """
-    runtime.refuse_merged(model)
+    runtime.refuse_merged(runtime.adapters(model))
     found = runtime.present(model, name)
     twice = len({f.path for f in found}) < len(found)
     return {f"{f.path}:{f.name}" if twice else f.path: delta_effective_rank(change(f.layer, f.adapter)) for f in found}

@@ -85,7 +85,7 @@ def export_peft(
     refuse_folder(folder)
     found = runtime.present(model, name)
     runtime.refuse_other_root(found)
-    runtime.refuse_merged(model)
+    runtime.refuse_merged(runtime.adapters(model))
     runtime.refuse_lost(found)
     runtime.refuse_sharded(found)
     if any(not f.path for f in found):

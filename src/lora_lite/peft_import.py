@@ -82,11 +82,11 @@ def load_peft(model: nn.Module, folder: str | Path, *, name: str = "default") ->
     """
     folder = Path(folder)
     options, tensors = read_folder(folder)
-    refuse_unready(model)
+    earlier = refuse_unready(model)
     parts = plan(model, folder, options, tensors)
     names = [name, *(f"{name}_{k}" for k in range(2, len(parts) + 1))]
     for part, part_name in zip(parts, names):
-        refuse_name(model, part.targets, part_name)
+        refuse_name(earlier, part.targets, part_name)
     built = [filled(folder, part, options) for part in parts]
     handles: list[Attached] = []
     try:

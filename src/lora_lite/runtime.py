@@ -61,9 +61,9 @@ def refuse_other_root(found: list[Found]) -> None:
         )
 
 
-def refuse_merged(model: nn.Module) -> None:
+def refuse_merged(found: list[Found]) -> None:
     """Raise where a weight holds an adapter's change: statistics, starts and checkpoints belong to the base."""
-    if merged := [f for f in adapters(model) if f.adapter.original is not None]:
+    if merged := [f for f in found if f.adapter.original is not None]:
         raise LoraLiteError(
             f"Adapter {merged[0].name!r} is merged at {merged[0].path}.",
             expected="The base weights as they were.",

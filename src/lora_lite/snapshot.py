@@ -65,7 +65,7 @@ def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
     name = runtime.the_name(model, name)
     found = runtime.adapters(model, name)
     runtime.refuse_other_root(found)
-    runtime.refuse_merged(model)
+    runtime.refuse_merged(runtime.adapters(model))
     runtime.refuse_lost(found)
     adapters = {f.path: f.adapter for f in found}
     own = {
@@ -104,9 +104,9 @@ def apply(model: nn.Module, composed: Snapshot, *, name: str, strict_base: bool 
             if isinstance(composed, Increment)
             else "ll.apply(model, ll.snapshot(model), name=name)",
         )
-    refuse_unready(model)
+    earlier = refuse_unready(model)
     targets = layers_of(model, f"{composed}", list(composed.layers))
-    refuse_name(model, targets, name)
+    refuse_name(earlier, targets, name)
     if strict_base and (different := changes_of_base(targets, composed.base)):
         raise LoraLiteError(
             f"{composed} belongs to another base.",

@@ -27,7 +27,7 @@ def left_svd(
            `leading_eigenpairs`, of many, or where that does not converge, by all eigenvectors. Smallest directions of
            ill-conditioned matrices go through a float64 SVD.
     fast   in the dtype of M, by `leading_eigenpairs` alone, accepted with its proof that U captures at least 1 - tol of
-           the largest |U^T M|^2 there is, and where |M M^T u_k - s_k^2 u_k| <= s_k^2 sqrt(tol) / 2; else exact, with a warning.
+           the largest |U^T M|^2 there is, and where |M M^T u_k - s_k^2 u_k| <= s_k^2 sqrt(tol) / 4; else exact, with a warning.
     auto   fast where r is at most a sixteenth of a shorter side above 2048.
     Results come in the dtype of M.
     """
@@ -56,7 +56,7 @@ def fast_left_svd(M: Tensor, r: int, tol: float) -> tuple[Tensor, Tensor] | None
     """What `left_svd` calls fast, None where it cannot be had. In float64 where values are too far apart for the dtype of M."""
     for dtype in (M.dtype, torch.float64):
         G = gram(M if M.shape[0] <= M.shape[1] else M.T, dtype)
-        found = leading_eigenpairs(G, r, tol, residual=tol**0.5 / 2)
+        found = leading_eigenpairs(G, r, tol, residual=tol**0.5 / 4)
         rounding = len(G) ** 0.5 * torch.finfo(dtype).eps
         if found is not None and (dtype == torch.float64 or rounding * found[1][0] <= tol * found[1][-1]):
             return from_eigenvectors(M, *found)
