@@ -46,7 +46,7 @@ def centred_spectrum(X: Tensor) -> Tensor:
 
 
 def effective_rank(X: Tensor) -> float:
-    """exp of the entropy of the singular values (not squared) of centred rows (n, D): at most min(n - 1, D), higher is richer."""
+    """exp of the entropy of the singular values (not squared) of centred rows (n, D): up to min(n - 1, D), higher is richer."""
     return spectrum_rank(centred_spectrum(X))
 
 
