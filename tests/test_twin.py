@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import lora_lite as ll
+from benchmarks.limit import flop_counter
 from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 from lora_lite.twin import Twin, TwinConfig
@@ -160,7 +160,7 @@ def test_backward_keeps_one_product_of_rank_r_beside_its_input():
 
 def test_cost_is_one_pair_of_products_of_rank_2r():
     adapter = twin(dtype=torch.float32)
-    with FlopCounterMode(display=False) as counted:
+    with flop_counter() as counted:
         correction(adapter, toy.inputs(7, I))
     assert counted.get_total_flops() == 2 * 7 * 2 * R * (I + O)
 

@@ -36,12 +36,35 @@ def add_lin(y: Tensor, z: Tensor, M: Tensor, scale: float | Tensor = 1.0) -> Ten
 
     Without a temporary of the size of y, and y bit for bit where M is 0.
     """
+    return add_products(y, [(z, M)], scale)
+
+
+def add_products(
+    y: Tensor,
+    products: list[tuple[Tensor, Tensor]],
+    scale: float | Tensor = 1.0,
+    stretch: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y + scale sum_k M_k z_k, products [(z (..., r), M (o, r)), ...], of `stretched(y, stretch, bias)` where given.
+
+    One pass over y: the first sum makes a new tensor, which the others go into.
+    """
     if isinstance(scale, Tensor):
-        z, scale = (z * scale).to(z.dtype), 1.0
-    if y.dtype != z.dtype or torch.is_autocast_enabled(y.device.type):  # autocast would round y
-        return y + scale * lin(z, M)
-    Y, Z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
-    return torch.addmm(Y, Z, M.to(z.dtype).T, alpha=scale).reshape(y.shape)
+        products, scale = [((z * scale).to(z.dtype), M) for z, M in products], 1.0
+    if stretch is not None and stretch.ndim > 1:  # one of each sample
+        y, stretch = stretched(y, stretch, bias), None
+    Y = y.reshape(-1, y.shape[-1])
+    new = Y if stretch is None else stretched(Y, stretch, bias)
+    for z, M in products:
+        Z = z.reshape(-1, z.shape[-1])
+        if new.dtype != z.dtype or torch.is_autocast_enabled(y.device.type):  # autocast would round y
+            new = new + scale * lin(Z, M)
+        elif new is Y:
+            new = torch.addmm(Y, Z, M.to(z.dtype).T, alpha=scale)
+        else:
+            new = new.addmm_(Z, M.to(z.dtype).T, alpha=scale)
+    return new.reshape(y.shape)
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Tensor:

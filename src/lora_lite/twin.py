@@ -8,7 +8,7 @@ formula   y' = y + c s (B A - B0 A0) x,  A = A0 + dA,  B = B0 + dB
 from .annotations import Any, Float, Parameter, Tensor
 from .contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass
 from .limits import refuse_rank
-from .linalg import add_lin, lin
+from .linalg import add_products, lin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,4 +42,4 @@ class Twin(Adapter):
     def forward(self, x: Tensor, y: Tensor, base: Any) -> Tensor:
         scale, dh = self.coeff * self.s, lin(x, self.dA)
         h = dh + lin(x, self.A0)
-        return add_lin(add_lin(y, dh, self.B0, scale), h, self.dB, scale)
+        return add_products(y, [(dh, self.B0), (h, self.dB)], scale)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import lora_lite as ll
+from benchmarks.limit import flop_counter
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
 from tests.oracle import T64, adapted, check_dense, check_ignores_bias, check_parity_by_name, live_gradients
@@ -207,7 +207,7 @@ def test_cost_of_the_norm_does_not_grow_with_tokens():
     model, _ = adapted(ll.DoRAConfig(r=4), dtype=torch.float32)
     counts = []
     for tokens in (10, 20):
-        with FlopCounterMode(display=False) as counted:
+        with flop_counter() as counted:
             model(toy.inputs(tokens, 24))
         counts.append(counted.get_total_flops() // 2)
     per_token = 24 * 32 + 4 * (24 + 32)

@@ -4,9 +4,9 @@ from math import isqrt
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import lora_lite as ll
+from benchmarks.limit import flop_counter
 from lora_lite.testing import checks, toy
 from tests.oracle import T64, adapted, check_agree, check_dense, check_parity_by_name, check_scale, live_gradients
 
@@ -33,7 +33,7 @@ def dense(a, W, b, c):
 
 
 def multiplications(adapter, tokens=1):
-    with FlopCounterMode(display=False) as count, torch.no_grad():
+    with flop_counter() as count, torch.no_grad():
         adapter(torch.ones(tokens, adapter.d_in), torch.ones(tokens, adapter.d_out), None)
     return count.get_total_flops() // 2
 

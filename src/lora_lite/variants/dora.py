@@ -17,7 +17,7 @@ import torch
 
 from ..annotations import Any, Float, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, ParamSpec, Specs, dataclass, register
-from ..linalg import add_low_rank, stretched
+from ..linalg import add_products, lin
 from ..spec import kaiming
 
 
@@ -52,4 +52,4 @@ class DoRA(Adapter):
             n = n2.maximum(torch.finfo(n2.dtype).eps * self.w2).sqrt()
         gain = self.m / n
         # gain B costs o r numbers per call, gain (B A x) would cost o per token
-        return add_low_rank(stretched(y, self.coeff * (gain - 1), base.bias), x, A, gain[:, None] * B, self.coeff * s)
+        return add_products(y, [(lin(x, A), gain[:, None] * B)], self.coeff * s, self.coeff * (gain - 1), base.bias)
