@@ -169,6 +169,15 @@ def test_causal_is_what_forbids_every_later_key(fields, causal):
     assert attention.is_causal(random(**fields)) is causal
 
 
+def test_a_mask_that_layers_share_is_looked_at_once(monkeypatch):
+    looked, is_causal, mask = [], attention.is_causal, band(7, 7)
+    monkeypatch.setattr(attention, "is_causal", lambda call: looked.append(call) or is_causal(call))
+    shared = [random(mask=mask) for _ in range(3)]
+    calls = [*shared, random(mask=~mask), random(is_causal=True), random()]
+    assert attention.causal(calls) == [*shared, calls[4]]
+    assert looked == [calls[0], *calls[3:]]
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """lora_lite: a LoRA-family method is one file of mathematics; everything else is given."""
 
-from . import geometry, objectives, registry
+from . import attention, geometry, objectives, registry
 from .adapter import Adapter, Claims
 from .attach import Attached, attach, detach
 from .capture import capture

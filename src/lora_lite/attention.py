@@ -10,7 +10,7 @@ nn.MultiheadAttention and fused kernels of other packages do not call it, and le
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,3 +179,13 @@ def is_causal(call: Call) -> bool:
     allowed = call.mask if call.mask.dtype == torch.bool else call.mask > FORBIDS
     T, S = call.q.shape[-2], call.k.shape[-2]
     return not allowed.expand(*allowed.shape[:-2], T, S).triu(1 + S - T).any()
+
+
+def causal(calls: Sequence[Call]) -> list[Call]:
+    """Those that are causal; a mask that layers share is looked at once."""
+    known: dict[tuple[int, bool, int], bool] = {}
+    keys = [(id(call.mask), call.is_causal, call.q.shape[-2]) for call in calls]
+    for key, call in zip(keys, calls):
+        if key not in known:
+            known[key] = is_causal(call)
+    return [call for key, call in zip(keys, calls) if known[key]]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import runtime
-from ..attention import Call, is_causal, value_trace
+from ..attention import Call, causal, value_trace
 from ..errors import LoraLiteError, LoraLiteWarning, some
 from .base import Objective
 from .hidden import refuse_few
@@ -204,28 +204,28 @@ class AttentionBarrier(Objective):
 
     def among(self, calls: Sequence[Call]) -> list[Call]:
         """The causal calls that `layers` takes. Raises LoraLiteError for none, and for a pattern that takes none."""
-        causal = [call for call in calls if is_causal(call)]
-        if not causal:
+        found = causal(calls)
+        if not found:
             raise LoraLiteError(
                 f"No causal self-attention among {len(calls)} recorded calls.",
                 expected="The barrier is defined for queries that see no later key.",
                 found=f"Recorded: {some(dict.fromkeys(call.layer for call in calls))}.",
             )
         if self.layers == "causal":
-            return causal
+            return found
         if isinstance(self.layers, tuple):
             patterns = self.layers
             for pattern in patterns:
-                if not any(re.search(pattern, call.layer) for call in causal):
-                    raise self.nothing(f"{pattern!r} selects no causal attention.", causal)
-            return [call for call in causal if any(re.search(pattern, call.layer) for pattern in patterns)]
-        taken = [call for call in causal if self.layers(call)]  # type: ignore[operator]
+                if not any(re.search(pattern, call.layer) for call in found):
+                    raise self.nothing(f"{pattern!r} selects no causal attention.", found)
+            return [call for call in found if any(re.search(pattern, call.layer) for pattern in patterns)]
+        taken = [call for call in found if self.layers(call)]  # type: ignore[operator]
         if not taken:
-            raise self.nothing("the function selects no causal attention.", causal)
+            raise self.nothing("the function selects no causal attention.", found)
         return taken
 
-    def nothing(self, what: str, causal: list[Call]) -> LoraLiteError:
-        layers = dict.fromkeys(call.layer for call in causal)
+    def nothing(self, what: str, found: list[Call]) -> LoraLiteError:
+        layers = dict.fromkeys(call.layer for call in found)
         return LoraLiteError(
             f"layers: {what}", found=f"There is {some(layers)}.", fix=f"AttentionBarrier(layers=({next(iter(layers))!r},))"
         )
