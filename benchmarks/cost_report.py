@@ -1,45 +1,15 @@
 """What a record of bench-cost says, and nothing else: a table on the terminal, a plot, the page docs/cost.md."""
 
 import io
-import statistics
 import textwrap
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from benchmarks.cost_attach_report import section
+from benchmarks.cost_goals import GOALS_READ, cell, label, ratio, reached
 from benchmarks.cost_start_report import start_lines
-
-
-def pairs(row: dict[str, Any], subject: str, measure: str, beside: str = "bare") -> list[float]:
-    """A subject's measure over that of another, of every round in which both were measured; [] where one is missing."""
-    ours, other = row.get(subject, {}).get(measure), row.get(beside, {}).get(measure)
-    if ours is None or other is None:
-        return []
-    rounds = min((len(values) for values in (ours, other) if isinstance(values, list)), default=1)
-    ours, other = ((v if isinstance(v, list) else [v] * rounds) for v in (ours, other))
-    return [a / b for a, b in zip(ours, other)]
-
-
-def ratio(row: dict[str, Any], subject: str, measure: str, beside: str = "bare") -> float | None:
-    found = pairs(row, subject, measure, beside)
-    return statistics.median(found) if found else None
-
-
-def unsteady(row: dict[str, Any], subject: str, measure: str, beside: str) -> bool:
-    """Whether the middle half of the rounds spreads over more than a tenth of the median."""
-    found = pairs(row, subject, measure, beside)
-    if len(found) < 2:
-        return False
-    low, middle, high = statistics.quantiles(found, n=4)
-    return high - low > 0.1 * middle
-
-
-def cell(row: dict[str, Any], subject: str, measure: str, beside: str) -> str:
-    value = ratio(row, subject, measure, beside)
-    return "-" if value is None else f"{'~' * unsteady(row, subject, measure, beside)}{value:.2f}"
-
 
 COLUMNS = (
     ("forward / bare", "ours", "forward", "bare"),
@@ -53,38 +23,6 @@ COLUMNS = (
     ("peak / PEFT", "ours", "peak_bytes", "peft"),
     ("attach / PEFT", "ours", "attach_seconds", "peft"),
 )
-
-
-class Goal(NamedTuple):
-    """What was asked of a method: a ratio of ours, at most `most`, on every model of these."""
-
-    variants: tuple[str, ...]
-    measure: str
-    beside: str
-    most: float
-    models: tuple[str, ...] = ("d512", "d1024")
-
-
-GOALS = (
-    Goal(("lora", "ia3", "road", "delora", "vera", "loha", "lokr"), "step", "peft", 1.0),
-    Goal(("pissa", "corda", "olora"), "step", "peft", 1.05),
-    Goal(("dora", "oft"), "step", "peft", 0.85),
-    Goal(("dora",), "forward", "peft", 0.75),
-    Goal(("hra", "boft"), "step", "peft", 0.25),
-    Goal(("randlora",), "step", "peft", 0.7),
-    Goal(("lora",), "forward", "bare", 1.08, ("d1024",)),
-    Goal(("ia3", "antipasto_ablate"), "forward", "bare", 1.03, ("d1024",)),
-)
-
-
-GOALS_READ = (
-    "What the project set out to reach, and the limit beside the same: a goal below the limit asks for less time than the bare "
-    "model and the method's own multiply-adds and bytes take here. Repeated runs on this machine differ by some hundredths."
-)
-
-
-def label(row: dict[str, Any]) -> str:
-    return row["variant"] + ("" if row["mode"] == "eager" else f", {row['mode']}")
 
 
 ON_TERMINAL = ("forward / bare", "step / bare", "step / limit", "forward / PEFT", "step / PEFT", "kept / PEFT", "peak / PEFT")
@@ -153,29 +91,6 @@ def plot(record: dict[str, Any]) -> bytes:
     figure.savefig(out, format="png", dpi=150, metadata={"Software": None})
     plt.close(figure)
     return out.getvalue()
-
-
-def reached(record: dict[str, Any]) -> list[str]:
-    """Rows of the table of goals: every goal whose rows the record has, with what the arithmetic leaves possible."""
-    lines = []
-    rows = {(row["variant"], row["model"]): row for row in record["rows"] if row["mode"] == "eager"}
-    for goal in GOALS:
-        for name in goal.variants:
-            found = [(m, rows[name, m]) for m in goal.models if (name, m) in rows]
-            if not found:
-                continue
-            beside = {"peft": "PEFT", "bare": "bare"}[goal.beside]
-            cells = [
-                ", ".join(f"{cell(row, subject, goal.measure, goal.beside)} ({m})" for m, row in found)
-                for subject in ("ours", "limit")
-            ]
-            ours, least = (
-                [ratio(row, subject, goal.measure, goal.beside) or 0.0 for _, row in found] for subject in ("ours", "limit")
-            )
-            met = "yes" if max(ours) <= goal.most + 0.005 else "no"
-            beyond = ", and below the limit" if met == "no" and max(least) > goal.most else ""
-            lines.append(f"| `{name}` | {goal.measure} / {beside} | {goal.most:.2f} | {' | '.join(cells)} | {met}{beyond} |")
-    return lines
 
 
 def prose(record: dict[str, Any]) -> list[str]:
