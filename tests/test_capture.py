@@ -192,7 +192,8 @@ def test_autocast_gives_values_in_float32_close_to_those_without():
 def test_compiled_models_record_what_eager_ones_do(how):
     """Also where the model was compiled and ran before the block, and after another block."""
     torch._dynamo.reset()
-    model = ran = adapted(language_model(blocks=1))
+    model = ran = language_model(blocks=1)
+    toy.perturb(ll.attach(model, ll.config("lora", targets=("q_proj",))))
     objective = EVERYTHING if how == "blocks" else O.L1(weight=1) + O.Gossip(tau=0.0)
     loss, expected = trained(model, objective)
     if how == "model":

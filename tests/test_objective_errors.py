@@ -185,7 +185,7 @@ def test_what_is_no_objective():
     model = adapted()
     refusal(lambda: captured(model, "gossip"), "'gossip' is nothing to capture", "ll.objectives.parse('gossip')")
     refusal(lambda: captured(model, {"hiden"}), "no need 'hiden'", "Closest name: hidden")
-    refusal(lambda: captured(model, 5), "5 is nothing to capture")
+    refusal(lambda: captured(model, model), "A Qwen3ForCausalLM is nothing to capture", "An objective")
 
 
 def test_an_objective_called_on_what_was_captured_for_another():

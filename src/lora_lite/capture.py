@@ -41,8 +41,8 @@ def capture(
     mask        (B, T), 1 for tokens; None: the `attention_mask` that the model is called with, else every token counts
     accumulate  more than one forward pass; objectives are means over them
 
-    Call `backward` after the block. Eager models, autocast, non-reentrant checkpointing and torch.compile (which compiles once
-    more for the block) give the same values. Raises LoraLiteError, naming the objective, for reentrant checkpointing, attention
+    Call `backward` after the block. Autocast, non-reentrant checkpointing and torch.compile (which compiles once more for the
+    block) are fine. Raises LoraLiteError, naming the objective, for reentrant checkpointing, attention
     maps of a model that calls no scaled_dot_product_attention, hidden states of a model without an output head, a mask that
     does not fit, no forward pass or a second one, and for adapters that are merged or whose hooks are gone.
     """
@@ -157,7 +157,7 @@ def askers(objective: Summand | Set[str]) -> dict[str, str]:
         return {need: f"The objective {' and '.join(names)}" for need, names in who.items()}
     if isinstance(objective, (str, dict)) or not isinstance(objective, Iterable):
         raise LoraLiteError(
-            f"{objective!r} is nothing to capture for.",
+            f"{repr(objective) if isinstance(objective, str) else f'A {type(objective).__name__}'} is nothing to capture for.",
             expected="An objective, or a set of needs.",
             fix=f"ll.capture(model, ll.objectives.parse({objective!r}))"
             if isinstance(objective, str)

@@ -62,12 +62,17 @@ class Forward:
     def mask_given(self) -> bool:
         return self.given is not None
 
-    def rows(self) -> list[Tensor]:
-        """X (n, D) of every layer: the hidden rows of valid tokens in batch-major order, in float32 or better."""
-        return [
-            h[self.mask_for(h.shape[:-1], "hidden states").to(h.device)].to(torch.promote_types(h.dtype, torch.float32))
-            for h in self.hidden
-        ]
+    def rows(self, pick: Callable[[int], Tensor] | None = None) -> list[Tensor]:
+        """X (n, D) of every layer: the hidden rows of valid tokens in batch-major order, in float32 or better.
+
+        pick  (n) -> which of the n rows to take, before any of them is copied
+        """
+        found = []
+        for h in self.hidden:
+            tokens = self.mask_for(h.shape[:-1], "hidden states").flatten().nonzero()[:, 0]
+            taken = tokens if pick is None else tokens[pick(len(tokens)).to(tokens.device)]
+            found.append(h.flatten(0, -2)[taken.to(h.device)].to(torch.promote_types(h.dtype, torch.float32)))
+        return found
 
 
 @dataclass
@@ -123,11 +128,15 @@ class Seen:
                 found=f"The capture was asked for {', '.join(sorted(self.needs)) or 'nothing'}.",
                 fix="with ll.capture(model, objective) as seen: ...  # the objective that is called afterwards",
             )
-        self.check()
+        self.check_recorded()
 
     def check(self) -> None:
-        """Raise LoraLiteError, naming who asked, where something is missing, does not fit the mask or passes no gradient."""
+        """Raise LoraLiteError, naming who asked, for what is missing, does not fit the mask or passes no gradient, and for
+        adapters whose hooks are gone."""
         runtime.refuse_lost(runtime.adapters(self.model))
+        self.check_recorded()
+
+    def check_recorded(self) -> None:
         recorded = self.needs - {"delta"}
         if recorded and not self.forwards:
             raise LoraLiteError(

@@ -42,8 +42,9 @@ class L1(Objective):
 
     def of(self, forward: "Forward") -> Tensor:
         layers = forward.rows()
-        refuse_few(self.name, len(layers[0]), 1)
-        return torch.stack([l1(X) for X in layers]).mean()
+        for X in layers:
+            refuse_few(self.name, len(X), 1)
+        return torch.stack([l1(X).to(layers[0].device) for X in layers]).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +61,13 @@ class Pairwise(Random):
             self.refuse("max_vectors", self.max_vectors, "at least 2")
 
     def of(self, forward: "Forward") -> Tensor:
-        layers = forward.rows()
-        n = len(layers[0])
+        layers = forward.rows(self.pick)
+        return torch.stack([self.of_rows(X).to(layers[0].device) for X in layers]).mean()
+
+    def pick(self, n: int) -> Tensor:
+        """Which of n rows form pairs. Raises LoraLiteError for fewer than two."""
         refuse_few(self.name, n, 2)
-        chosen = subset(n, self.max_vectors, self.drawn)
-        return torch.stack([self.of_rows(X[chosen.to(X.device)]) for X in layers]).mean()
+        return subset(n, self.max_vectors, self.drawn)
 
     def of_rows(self, X: Tensor) -> Tensor:
         raise NotImplementedError
