@@ -227,6 +227,17 @@ def test_accumulated_passes_are_averaged():
     assert [forward.hidden[0].shape[0] for forward in seen.forwards] == [3, 1]
 
 
+def test_a_decoder_has_its_own_mask():
+    class Pair(toy.Toy):
+        def forward(self, x, attention_mask=None, decoder_attention_mask=None):
+            return super().forward(x)
+
+    model, x = toy.seeded(Pair), toy.inputs(3, 8, 24)
+    with torch.no_grad(), ll.capture(model, {"hidden", "mask"}, layers=1) as seen:
+        model(x, attention_mask=torch.ones(3, 5), decoder_attention_mask=MASK)
+    assert torch.equal(seen.mask, MASK.bool())
+
+
 def test_a_set_of_needs_is_enough():
     model = adapted()
     with torch.no_grad(), ll.capture(model, {"hidden"}) as seen:

@@ -38,7 +38,8 @@ def capture(
     objective   what is recorded follows from its `needs`; or a set of such names. With nothing needed, nothing is done
     layers      hidden states are the outputs of these blocks (indices: the first number in the path) or modules (paths), and
                 an objective is the mean over them. None: the input of the output head, behind the final norm
-    mask        (B, T), 1 for tokens; None: the `attention_mask` that the model is called with, else every token counts
+    mask        (B, T), 1 for tokens; None: the `attention_mask` that the model is called with (`decoder_attention_mask` where it
+                takes one), else every token counts
     accumulate  more than one forward pass; objectives are means over them
 
     Call `backward` after the block. Autocast, non-reentrant checkpointing and torch.compile (which compiles once more for the
@@ -112,7 +113,8 @@ class Recorder:
         mask = self.given
         if mask is None:
             batch = {**dict(zip(self.parameters, args)), **kwargs}
-            mask = None if batch.get("attention_mask") is None else token_mask(batch["attention_mask"])
+            named = batch.get("decoder_attention_mask" if "decoder_attention_mask" in self.parameters else "attention_mask")
+            mask = None if named is None else token_mask(named)
         again = functools.partial(base_calls, module, args, kwargs, ambient(self.seen.device.type))
         self.running, self.before = Forward(mask, torch.is_grad_enabled(), base_calls=again), len(self.calls)
 

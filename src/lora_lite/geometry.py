@@ -15,6 +15,7 @@ from .capture import capture
 from .delta import Change, change
 from .errors import LoraLiteError
 from .measure import call, evaluating, on_device
+from .merge import refuse_unmergeable
 from .objectives import Gossip, formulas
 from .objectives.heads import similarities
 from .seen import Forward
@@ -71,8 +72,10 @@ def delta_effective_rank(delta: Tensor | Change) -> float:
     """`effective_rank` of a weight change (d_out, d_in) without centring; 0 where nothing changed."""
     if isinstance(delta, Tensor):
         return spectrum_rank(torch.linalg.svdvals(wide(delta)))
-    if delta.right is None or 0 in delta.left.shape:
-        return delta_effective_rank(delta.dense())
+    if delta.right is None:
+        return delta_effective_rank(delta.left)
+    if len(delta.right) == 0:
+        return 0.0
     return spectrum_rank(torch.linalg.svdvals(torch.linalg.qr(delta.left).R @ torch.linalg.qr(delta.right.T).R.T))
 
 
@@ -95,8 +98,8 @@ def of_deltas(model: nn.Module, name: str | None = None) -> dict[str, float]:
 
     Raises LoraLiteError for a model without an adapter, a merged one and one that is not a linear map.
     """
-    runtime.refuse_merged(runtime.adapters(model))
     found = runtime.present(model, name)
+    refuse_unmergeable(found)
     twice = len({f.path for f in found}) < len(found)
     return {f"{f.path}:{f.name}" if twice else f.path: delta_effective_rank(change(f.layer, f.adapter)) for f in found}
 
