@@ -38,8 +38,8 @@ def capture(
     objective   what is recorded follows from its `needs`; or a set of such names. With nothing needed, nothing is done
     layers      hidden states are the outputs of these blocks (indices: the first number in the path) or modules (paths), and
                 an objective is the mean over them. None: the input of the output head, behind the final norm
-    mask        (B, T), 1 for tokens; None: the `attention_mask` that the model is called with (`decoder_attention_mask` where it
-                takes one), else every token counts
+    mask        (B, T), 1 for tokens; None: the `attention_mask` that the model is called with, or its `decoder_attention_mask`
+                where it takes one; else every token counts
     accumulate  more than one forward pass; objectives are means over them
 
     Call `backward` after the block. Autocast, non-reentrant checkpointing and torch.compile (which compiles once more for the
