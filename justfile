@@ -39,6 +39,10 @@ steering *options: setup
 bench-cost *options: setup
     @{{ python }} -m benchmarks.cost {{ options }}
 
+# what each objective adds to a training step, in CPU time: just bench-objectives rounds=9
+bench-objectives *options: setup
+    @{{ python }} -m benchmarks.objectives_cost {{ options }}
+
 # run every variant through merge, export, quantised bases, compile and two processes: the record of docs/compatibility.md
 compatibility *options: setup
     @{{ python }} -m benchmarks.compatibility {{ options }}

@@ -1,5 +1,6 @@
 """docs/guide/objectives.md: its blocks run, in order, in one namespace; its tables name what there is."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,16 +11,17 @@ import lora_lite as ll
 from lora_lite.testing import toy
 from tests.guide import GUIDE, blocks
 
+ROOT = Path(__file__).parent.parent
 PAGE = blocks("objectives")
 TEXT = (GUIDE / "objectives.md").read_text()
 
 
-def test_the_blocks_of_the_page_run_in_order(monkeypatch, capsys):
+def test_the_blocks_of_the_page_run_in_order(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
-    monkeypatch.chdir(Path(__file__).parent.parent)
-    space: dict = {}
+    monkeypatch.chdir(tmp_path)
+    space: dict = {"__name__": "guide"}
     for block in PAGE:
-        exec(block, space)
+        exec(block.replace("benchmarks/base", str(ROOT / "benchmarks" / "base")), space)
     printed = capsys.readouterr().out
     assert printed.count("'eff_rank':") == 3
     assert "{'gossip': " in printed
@@ -39,6 +41,16 @@ def test_the_tables_name_every_objective_and_every_figure():
     figures = ll.geometry.measure(model, [x], layers=1, attention=False)
     for name in (*figures, "head_sim", "delta_eff_rank"):
         assert f"`{name}`" in TEXT, name
+
+
+def test_the_table_of_costs_is_the_committed_record_s():
+    pytest.importorskip("rich")
+    from benchmarks.objectives_cost import SUBJECTS, markdown
+
+    record = json.loads((ROOT / "benchmarks" / "results" / "objectives_cost.json").read_text())
+    assert "\n".join(markdown(record)) in TEXT
+    assert tuple(record["ratios"]) == SUBJECTS
+    assert record["environment"]["threads"] == 1
 
 
 def test_padding_raises_rep_and_lowers_eff_rank_as_the_page_says():
