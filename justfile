@@ -11,9 +11,9 @@ default:
 setup:
     @bash .ci/setup
 
-# run the everyday test suite
+# run the everyday test suite, a process per core with one thread each: just test tests/test_io.py -n 0 runs one file in one
 test *args: setup
-    {{ python }} -m pytest -q {{ args }}
+    OMP_NUM_THREADS=1 {{ python }} -m pytest -q -n logical --maxprocesses 4 --dist worksteal {{ args }}
 
 # format, lint, types, generated tables, tests
 check: setup
@@ -21,7 +21,7 @@ check: setup
     {{ python }} -m ruff check .
     {{ python }} -m pyright
     {{ python }} -m benchmarks.table --check
-    {{ python }} -m pytest -q
+    @{{ just_executable() }} test
 
 # adapt a real model with one variant: just bench-variant lora r=4 steps=100 seeds=0,1,2
 bench-variant name *options: setup
