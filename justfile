@@ -35,6 +35,10 @@ bench-full: setup
 steering *options: setup
     @{{ python }} -m benchmarks.steering {{ options }}
 
+# fine-tune a small time-series transformer with and without the attention barrier: just forecast tasks=elnino seeds=0,1
+forecast *options: setup
+    @{{ python }} -m benchmarks.forecast {{ options }}
+
 # time, memory and attach of every variant beside the bare model and PEFT: just bench-cost variants=lora,dora models=d512
 bench-cost *options: setup
     @{{ python }} -m benchmarks.cost {{ options }}
@@ -63,6 +67,10 @@ table: setup
 # sweep learning rates on the embedded benchmark: just sweep lora hra (none: every variant)
 sweep *names: setup
     @{{ python }} -m benchmarks.sweep {{ names }}
+
+# pretrain the small forecasting model again (seconds)
+pretrain-forecaster: setup
+    @{{ python }} -m benchmarks.forecast_base
 
 # pretrain the embedded base again (about 35 minutes on two cores)
 pretrain-base: setup

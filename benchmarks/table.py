@@ -1,4 +1,4 @@
-"""What is generated: parts of the README, docs/cost.md, docs/compatibility.md; from the registry and the committed records.
+"""What is generated: parts of the README, docs/{cost,compatibility,forecast}.md; from the registry and the committed records.
 
 `--check` finds stale ones. Parts of the README:
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import lora_lite as ll
 import lora_lite.variants
-from benchmarks import compatibility_report, cost_report
+from benchmarks import compatibility_report, cost_report, forecast_report
 from benchmarks.report import final
 from benchmarks.run import BASE
 from benchmarks.steering_report import summary
@@ -107,7 +107,7 @@ def steering() -> str:
     return summary(found) if found else "`just steering out=benchmarks/results` has not been run."
 
 
-REPORTS = {"cost": cost_report, "compatibility": compatibility_report}
+REPORTS = {"cost": cost_report, "compatibility": compatibility_report, "forecast": forecast_report}
 PARTS = {"variants": lambda: f"{table()}\n\n{caption()}", "example": example, "base": base, "steering": steering}
 
 
