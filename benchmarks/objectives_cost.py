@@ -45,14 +45,14 @@ class Cost(Options):
     out: str = str(RUNS)
 
 
-def step(model: nn.Module, ids: Tensor, objective: ll.objectives.base.Summand) -> None:
+def step(model: nn.Module, ids: Tensor, objective: ll.objectives.Summand) -> None:
     with ll.capture(model, objective) as seen:
         loss = model(input_ids=ids, labels=ids).loss
     (loss + objective(seen)).backward()
     model.zero_grad()
 
 
-def cpu_seconds(model: nn.Module, ids: Tensor, objective: ll.objectives.base.Summand) -> float:
+def cpu_seconds(model: nn.Module, ids: Tensor, objective: ll.objectives.Summand) -> float:
     start = time.process_time()
     step(model, ids, objective)
     return time.process_time() - start

@@ -181,6 +181,18 @@ def test_hidden_states_that_nothing_shows():
     refusal(lambda: captured(model, O.L1(), layers="idle", **run), "'l1'", "not called", model=model)
 
 
+def test_hidden_states_that_the_model_writes_over_afterwards():
+    class Writes(toy.Toy):
+        def forward(self, x):
+            return super().forward(x).mul_(2)
+
+    model, x = toy.seeded(Writes), toy.inputs(2, 5, 24)
+    toy.perturb(ll.attach(model, ll.config("lora")))
+    run = {"call": lambda m: m(x)}
+    refusal(lambda: captured(model, O.L1(), layers=1, **run), "'l1'", "in place", model=model)
+    captured(model, O.L1(), layers=0, **run)
+
+
 def test_what_is_no_objective():
     model = adapted()
     refusal(lambda: captured(model, "gossip"), "'gossip' is nothing to capture", "ll.objectives.parse('gossip')")

@@ -167,6 +167,20 @@ def test_delta_norm_follows_the_coefficient_and_the_name():
         assert float(O.DeltaNorm(adapter="default").value(seen).detach()) == pytest.approx(lora / 4)
 
 
+def test_a_minimised_cosine_does_not_stop_at_zero():
+    model, handle = attached("lora")
+    objective = O.DeltaCosine(against=ll.snapshot(model))
+    moved(handle, seed=8)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(40):
+        with ll.capture(model, objective) as seen:
+            pass
+        optimizer.zero_grad()
+        objective(seen).backward()
+        optimizer.step()
+    assert float(objective.parts["delta_cosine"]) < -0.7
+
+
 def test_delta_norm_pulls_the_adapter_back_to_the_base():
     model, _ = attached("lora")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.005)

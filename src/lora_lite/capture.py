@@ -18,7 +18,7 @@ from . import runtime
 from .attention import Call, recorded
 from .errors import LoraLiteError, closest, some
 from .objectives.base import NEEDS, Summand
-from .seen import Forward, Seen
+from .seen import Forward, Seen, version
 from .targets import block_index, is_compiled, plain, unwrapped
 
 Handles = list[torch.utils.hooks.RemovableHandle]
@@ -133,6 +133,7 @@ class Recorder:
     def keep(self, hidden: Tensor) -> None:
         if self.running is not None:
             self.running.hidden.append(hidden)
+            self.running.versions.append(version(hidden))
             self.running.without |= self.running.with_grad and not torch.is_grad_enabled()
 
 

@@ -19,6 +19,7 @@ class Forward:
 
     given      token mask as the batch or the caller gave it, booleans (B, T), or None
     hidden     hidden states (B, T, D), one per layer, or those that `layers` chose, in the order they came
+    versions   of these tensors when they were recorded: a write in place counts them up
     calls      attention calls, in the order they came
     with_grad  gradients were enabled for the pass; without  for what was recorded while they were off in the middle of it
     base_calls runs the pass once more with the adapters off: its attention calls
@@ -27,6 +28,7 @@ class Forward:
     given: Tensor | None
     with_grad: bool = True
     hidden: list[Tensor] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     without: bool = False
     base_calls: Callable[[], list[Call]] = list
@@ -150,12 +152,22 @@ class Seen:
                     check(forward, self.asked[need])
 
 
+def version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def check_hidden(forward: Forward, who: str) -> None:
     if not forward.hidden:
         raise LoraLiteError(
             f"{who} needs hidden states, and the modules that show them were not called in the forward pass.",
             expected="The output head, or the modules that `layers` names.",
             fix="ll.capture(model, objective, layers=(0, 1))  # block indices or paths of modules",
+        )
+    if any(version(h) != before for h, before in zip(forward.hidden, forward.versions)):
+        raise LoraLiteError(
+            f"{who} recorded hidden states that the model wrote over afterwards, in place.",
+            expected="Modules whose output is left alone.",
+            fix="ll.capture(model, objective)  # in front of the output head, or other layers",
         )
     for h in forward.hidden:
         forward.mask_for(h.shape[:-1], "hidden states")

@@ -7,7 +7,7 @@ loss = out.loss + objective(seen)
 """
 
 from .barrier import AttentionBarrier
-from .base import Objective, Random, Sum
+from .base import Objective, Random, Sum, Summand
 from .change import DeltaCosine, DeltaNorm
 from .heads import HeadDiversity
 from .hidden import L1, Gossip, Repulsion
