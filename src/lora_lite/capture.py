@@ -157,7 +157,8 @@ def askers(objective: Summand | Set[str]) -> dict[str, str]:
         for name, term in objective.named.items():
             for need in term.needs:
                 who.setdefault(need, []).append(repr(name))
-        return {need: f"The objective {' and '.join(names)}" for need, names in who.items()}
+        kind = {need: "objective" if len(names) == 1 else "sum of" for need, names in who.items()}
+        return {need: f"The {kind[need]} {' and '.join(names)}" for need, names in who.items()}
     if isinstance(objective, (str, dict)) or not isinstance(objective, Iterable):
         raise LoraLiteError(
             f"{repr(objective) if isinstance(objective, str) else f'A {type(objective).__name__}'} is nothing to capture for.",
