@@ -188,7 +188,7 @@ class AttentionBarrier(Objective):
             raise LoraLiteError(
                 f"Attention of {some(call.layer for call in calls if not call.with_grad)} was recorded without a gradient.",
                 expected="Non-reentrant checkpointing: the reentrant one runs its layers with gradients off.",
-                fix='model.gradient_checkpointing_enable({"use_reentrant": False})',
+                fix='model.activation_checkpointing_enable({"use_reentrant": False})',
             )
         return [self.valid(forward, call, value_trace(call)) for call in calls]
 
