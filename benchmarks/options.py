@@ -4,7 +4,7 @@ import ast
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import transformers
@@ -52,8 +52,9 @@ class Options:
             object.__setattr__(self, f.name, value)
 
     @classmethod
-    def parse(cls: type[O], words: list[str], usage: str) -> O:
-        """The options of key=value words. Raises LoraLiteError for an unknown key; `usage` is the fix it shows."""
+    def parse(cls: type[O], words: list[str], usage: str, also: Iterable[str] = ()) -> O:
+        """The options of key=value words. Raises LoraLiteError for an unknown key; `usage` is the fix it shows, and `also` are
+        keys that the caller reads itself."""
         known = {f.name: f for f in dataclasses.fields(cls)}
         given: dict[str, Any] = {}
         for word in words:
@@ -62,7 +63,7 @@ class Options:
                 raise ll.LoraLiteError(
                     f"{word!r} is no option here.",
                     expected="Options are written key=value.",
-                    found=closest(key, known),
+                    found=closest(key, {*known, *also}),
                     fix=usage,
                 )
             given[key] = value if type(known[key].default) is str else value_of(value)

@@ -1,4 +1,4 @@
-"""What the snapshots between phases tell: cosines of their changes, routes, and gains chosen by a score. All sums are ll's own."""
+"""What snapshots between phases tell: cosines of their changes, routes, gains chosen by a score. All sums are ll's own."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from benchmarks.sequential_measures import MEASURES, metrics
+from benchmarks.sequential_measures import metrics
 from lora_lite.delta import Change, change
 from lora_lite.mixture import linear
 from lora_lite.snapshot import rebuilt
@@ -48,7 +48,9 @@ def cosines(chain: Sequence[ll.Snapshot]) -> tuple[dict[str, float], dict[str, i
     steps, means, zeros = increments(chain), {}, {}
     for i, j in itertools.combinations(range(len(steps)), 2):
         name = f"delta_cosine_{NAMES[i]}_{NAMES[j]}".lower()
-        norms = {path: math.sqrt(inner(steps[i][path], steps[i][path]) * inner(steps[j][path], steps[j][path])) for path in steps[i]}
+        norms = {
+            path: math.sqrt(inner(steps[i][path], steps[i][path]) * inner(steps[j][path], steps[j][path])) for path in steps[i]
+        }
         found = [inner(steps[i][path], steps[j][path]) / norm for path, norm in norms.items() if norm > 0]
         means[name] = sum(found) / len(found) if found else math.nan
         zeros[name] = len(norms) - len(found)
@@ -62,8 +64,9 @@ Row = dict[str, Any]
 Score = Callable[[nn.Module], Row]
 
 
-def losses(rows: Sequence[Row], tasks: Sequence[str], measure: str) -> dict[str, float]:
-    return metrics([row["tasks"] for row in rows], tasks, measure)
+def losses(rows: Sequence[Row], tasks: Sequence[str]) -> dict[str, float]:
+    """Metrics in answer NLL."""
+    return metrics([row["tasks"] for row in rows], tasks, "answer")
 
 
 def with_last(rows: Sequence[Row], last: Row) -> list[Row]:
@@ -73,14 +76,14 @@ def with_last(rows: Sequence[Row], last: Row) -> list[Row]:
 
 def frontier(rows: Sequence[Row], last: Row, tasks: Sequence[str]) -> float:
     """ll.frontier of a row in the place of the last one, answer NLL; accretion of A and learning of B count what C undid."""
-    found = losses(with_last(rows, last), tasks, "answer")
+    found = losses(with_last(rows, last), tasks)
     at_end = {
         **found,
         "accretion_a": found["accretion_a"] - found["interference_a"],
         "learning_b": found["learning_b"] - found["interference_b"],
     }
     names = ("accretion_a", "interference_a", "interference_b", "learning_c", "learning_b")
-    return ll.frontier({name: at_end[name] for name in names}, losses(rows, tasks, "answer"))
+    return ll.frontier({name: at_end[name] for name in names}, losses(rows, tasks))
 
 
 def routed(
@@ -93,7 +96,7 @@ def routed(
     return {
         "route": ll.format_route(ll.parse_route(route, list(phases))),
         "row": last,
-        "metrics": {measure: losses(with_last(rows, last), tasks, measure) for measure in MEASURES},
+        "metrics": losses(with_last(rows, last), tasks),
         "frontier": frontier(rows, last, tasks) if len(tasks) == 3 else None,
     }
 
@@ -113,11 +116,13 @@ def replayed(model: nn.Module, chain: Sequence[ll.Snapshot], score: Score) -> li
 def oracle(
     model: nn.Module, chain: Sequence[ll.Snapshot], select: Score, report: Score, tasks: Sequence[str]
 ) -> dict[str, Any]:
-    """One gain for each phase's increment: the best frontier on the lines that `select` scores, and what it is worth on those of
-    `report`, which no choice saw."""
+    """One gain for each phase's increment: the best frontier on the lines of `select`; its worth on those of `report`."""
     rows = {score: replayed(model, chain, score) for score in (select, report)}
     parts = [{chain[0]: 1.0}, *({after - before: 1.0} for before, after in itertools.pairwise(chain))]
-    handles = [ll.apply(model, ll.compose(part), name=name) for name, part in zip(NAMES, parts)]
+    names = [
+        f"back_{k}" for k in reversed(range(len(parts)))
+    ]  # ll.route goes by name: the last phase, which harms, comes first
+    handles = [ll.apply(model, ll.compose(part), name=name) for name, part in zip(names, parts)]
 
     def worth(score: Score) -> float:
         return frontier(rows[score], score(model), tasks)
@@ -127,8 +132,8 @@ def oracle(
     for handle in handles:
         handle.detach()
     return {
-        "gains": found.gains,
+        "gains": {letter: found.gains[name] for letter, name in zip(NAMES, names)},
         "row": last,
-        "metrics": {measure: losses(with_last(rows[report], last), tasks, measure) for measure in MEASURES},
+        "metrics": losses(with_last(rows[report], last), tasks),
         "frontier": frontier(rows[report], last, tasks),
     }

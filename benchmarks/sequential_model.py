@@ -68,7 +68,9 @@ class Tier(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = self.lm_head(self.norm(x))
-        return Output(logits, None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+        return Output(
+            logits, None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        )
 
 
 # --- pretraining ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """One run of the sequential suite: phases of training with one adapter, scores after each, routes from its snapshots."""
 
 import copy
-import dataclasses
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import lora_lite as ll
 from benchmarks.run import best_rate, fitting
 from benchmarks.sequential_compose import cosines, oracle, routed
 from benchmarks.sequential_data import Tokens, batch
-from benchmarks.sequential_measures import MEASURES, Row, Scored, crossed, metrics, prepared, scores
+from benchmarks.sequential_measures import MEASURES, Scored, crossed, metrics, prepared, scores
 from benchmarks.sequential_tasks import ENTITIES, LINES, Split, order
 from lora_lite.registry import variant_of
 
@@ -51,7 +50,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out lines of every task, and those that would show an intrusion: prompts of the first task with its rival's answer."""
+    """Held-out lines of every task, and prompts of the first task with its rival's answer, which show an intrusion."""
 
     tasks: dict[str, list[Scored]]
     rival: list[Scored]
@@ -69,6 +68,10 @@ class HeldOut:
             "tasks": {task: scores(model, lines) for task, lines in self.tasks.items()},
             "intrusion": scores(model, self.rival)["acc"] if self.rival else None,
         }
+
+    def geometry(self, model: nn.Module) -> dict[str, float]:
+        """Of the last task's lines."""
+        return ll.geometry.measure(model, [lines.batch for lines in list(self.tasks.values())[-1]])
 
 
 def rounds(texts: Sequence[str], size: int, steps: int) -> Iterator[list[str]]:
@@ -127,13 +130,13 @@ def sequence(plan: Plan, name: str, fields: dict[str, Any], seed: int, step: Ste
     objective = ll.objectives.parse(plan.objective).evaluating(seed)
     model = attached(plan, cfg, texts[0])
     with ll.disabled(model):
-        rows, shapes = [scored.row(model)], [geometry(model, scored)]
+        rows, shapes = [scored.row(model)], [scored.geometry(model)]
     chain, training = [], []
     for walk in texts:
         training.append(phase(model, objective, rounds(walk, plan.batch, plan.steps), plan, step))
         rows.append(scored.row(model))
         chain.append(ll.snapshot(model))
-    shapes.append(geometry(model, scored))
+    shapes.append(scored.geometry(model))
     record: dict[str, Any] = {
         "seed": seed,
         "lr": cfg.lr,

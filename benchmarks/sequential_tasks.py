@@ -1,7 +1,7 @@
 """Tasks that follow one another: lines of facts about numbered entities, of which later tasks repeat, extend or change some.
 
     suite       phases                       a line (entity 17 belongs to group 1 of 8)
-    accretion   A                            Record 0017, clan glass: hue=cobalt; site=Tarn; post=glazier; gear=pipe. Seen at ...
+    accretion   A                            Record 0017, clan glass: hue=cobalt; site=Tarn; post=glazier; gear=pipe. ...
                 B related/strong/rehearsal   the same facts in other words / twice / the A line again and a sentence
                 C conflict                   Revised 0017, clan glass: the facts of group 4
                 N neutral                    Relic 0017: other keys and values, no facts of A

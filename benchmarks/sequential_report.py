@@ -1,0 +1,202 @@
+"""What a record of the sequential suite shows: tables on the terminal and a plot. Every figure comes from the record."""
+
+import io
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.sequential_measures import MEASURES
+from benchmarks.sequential_summary import GOOD, good
+
+Runs = list[dict[str, Any]]
+
+
+def mean(found: list[float | None]) -> float | None:
+    """None where a run has no such figure."""
+    numbers = [value for value in found if value is not None]
+    return sum(numbers) / len(numbers) if len(numbers) == len(found) and found else None
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def moments(record: dict[str, Any]) -> list[str]:
+    return ["before", *(f"after {task}" for task in record["tasks"])]
+
+
+def cell_of(runs: Runs, p: int, task: str, measure: str) -> float | None:
+    return mean([run["rows"][p]["tasks"][task][measure] for run in runs])
+
+
+def table(title: str, caption: str = "") -> Table:
+    return Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+
+
+# --- terminal ---------------------------------------------------------------------------------------------------------
+
+
+def matrix(record: dict[str, Any]) -> Table:
+    """Every measure of every task before and after each phase; plain lora in brackets."""
+    runs, peer, settings = record["runs"], record["peer"], record["settings"]
+    made = table(
+        f"{record['variant']}, {settings['model']}: {settings['steps']} steps of {settings['batch']} lines a phase, "
+        f"lr {runs[0]['lr']:g}, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        + (f", objective {settings['objective']}" if settings["objective"] != "none" else ""),
+        "NLL in nats of the line's and the answer's tokens, lead of the answer's first value; acc: answers written exactly; "
+        "intrusion: first task's prompts answered as the conflicting task does; held-out entities"
+        + (f"; in brackets plain {peer['variant']}" if peer else ""),
+    )
+    for head in ("task", "measure", "good"):
+        made.add_column(head, no_wrap=True)
+    for moment in moments(record):
+        made.add_column(moment.replace(" ", "\n"), justify="right", no_wrap=True)
+
+    def row(name: str, measure: str, figures: Any) -> None:
+        cells = []
+        for p in range(len(record["tasks"]) + 1):
+            beside = f" ({number(figures(peer['runs'], p))})" if peer else ""
+            cells.append(number(figures(runs, p)) + beside)
+        made.add_row(name, measure, GOOD[measure], *cells)
+
+    for task in record["tasks"]:
+        for k, measure in enumerate(MEASURES):
+            row(task if k == 0 else "", measure, lambda of, p: cell_of(of, p, task, measure))  # noqa: B023
+        made.add_section()
+    row("", "intrusion", lambda of, p: mean([run["rows"][p]["intrusion"] for run in of]))
+    return made
+
+
+def difference(found: dict[str, Any] | None) -> tuple[str, str]:
+    """(mean paired difference and its interval, p) of a statistic."""
+    if not found or found["mean"] is None:
+        return "", ""
+    text = f"{found['mean']:+.3f}"
+    if found["interval"]:
+        text += f" [{found['interval'][0]:+.3f}, {found['interval'][1]:+.3f}]"
+    return text, f"{number(found['p'], '.2g')}{' *' if found['finding'] else ''}" if found["p"] is not None else ""
+
+
+def metrics(record: dict[str, Any]) -> Table:
+    runs, peer = record["runs"], record["peer"]
+    caption = "means over seeds; loss metrics in nats"
+    if peer:
+        caption += (
+            f"; less plain {peer['variant']}: paired difference, 95 % t interval, p; * a finding, uncorrected for many figures"
+        )
+    made = table("metrics, each from its measure", caption)
+    made.add_column("metric", no_wrap=True)
+    made.add_column("good")
+    for measure in MEASURES:
+        made.add_column(measure, justify="right")
+    for head in (f"answer, less {peer['variant']}", "p") if peer else ():
+        made.add_column(head, justify="right", no_wrap=True)
+    for name in runs[0]["metrics"]["line"]:
+        cells = [number(mean([run["metrics"][m].get(name) for run in runs]), "+.3f") for m in MEASURES]
+        made.add_row(name, good(name), *cells, *(difference(record["paired"].get(f"answer.{name}")) if peer else ()))
+    return made
+
+
+def routes(record: dict[str, Any]) -> Table | None:
+    """Composed adapters beside the sequence: what they keep of every task, and what that costs."""
+    runs, tasks = record["runs"], list(record["tasks"])
+    if not runs[0].get("routes"):
+        return None
+    names = [f"interference_{x}" for x in "ab"] + ["learning_c"] if len(tasks) == 3 else ["forgetting_a", "learning_b"]
+    made = table("routes: sums of the phases' increments", "answer NLL; frontier: ll.frontier, 0 for the sequence itself")
+    made.add_column("route", no_wrap=True)
+    for head in (*(f"acc {task.partition('_')[0]}" for task in tasks), *names, "frontier"):
+        made.add_column(head.replace("_", " "), justify="right")
+
+    def row(name: str, of: Runs) -> None:
+        cells = [mean([part["row"]["tasks"][task]["acc"] for part in of]) for task in tasks]
+        cells += [mean([part["metrics"][metric] for part in of]) for metric in names]
+        made.add_row(name, *map(number, cells), number(mean([part["frontier"] for part in of]), "+.2f"))
+
+    row("the sequence", [{"row": r["rows"][-1], "metrics": r["metrics"]["answer"], "frontier": 0.0} for r in runs])
+    for k, route in enumerate(runs[0]["routes"]):
+        row(route["route"], [run["routes"][k] for run in runs])
+    if runs[0]["oracle"]:
+        gains = " ".join(f"{name} {number(mean([r['oracle']['gains'][name] for r in runs]))}" for name in "ABC")
+        row(f"by score: {gains}", [run["oracle"] for run in runs])
+    return made
+
+
+def geometry(record: dict[str, Any]) -> Table:
+    runs, peer = record["runs"], record["peer"]
+    made = table("geometry of held-out lines of the last task", "delta cosines: of the phases' increments, mean over modules")
+    for head in ("figure", "good", "base", "after the last phase", *((f"less {peer['variant']}", "p") if peer else ())):
+        made.add_column(head, justify="left" if head in ("figure", "good") else "right")
+    for name in runs[0]["geometry"]["after"]:
+        cells = [number(mean([run["geometry"][w].get(name) for run in runs]), ".3f") for w in ("before", "after")]
+        made.add_row(name, good(name), *cells, *(difference(record["paired"].get(f"geometry.{name}")) if peer else ()))
+    for name in runs[0].get("delta_cosines", {}):
+        value = number(mean([run["delta_cosines"][name] for run in runs]), "+.3f")
+        made.add_row(name, "-", "", value, *(difference(record["paired"].get(name)) if peer else ()))
+    return made
+
+
+def show(record: dict[str, Any], console: Console) -> None:
+    for made in (matrix(record), metrics(record), routes(record), geometry(record)):
+        if made is not None:
+            console.print(made)
+    if "joint" in record["runs"][0]:
+        tasks = record["tasks"]
+        accuracy = ", ".join(f"{t} {number(mean([r['joint']['tasks'][t]['acc'] for r in record['runs']]))}" for t in tasks)
+        console.print(f"Trained on all tasks at once, acc: {accuracy}.")
+    console.print(record["verdict"]["text"], style="bold", soft_wrap=True)
+
+
+# --- plot -------------------------------------------------------------------------------------------------------------
+
+PANELS = {"lead": "loss of the answer's first value,\nnats", "acc": "answers written exactly"}
+
+
+def plot(record: dict[str, Any]) -> bytes:
+    """A column per task, scored before and after every phase: loss above, accuracy below; this variant beside plain lora."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks, settings, peer = list(record["tasks"]), record["settings"], record["peer"]
+    objective = "" if settings["objective"] == "none" else f" + {settings['objective']}"
+    beside = [(f"plain {peer['variant']}", peer["runs"], "0.65", 4.5)] if peer else []
+    groups = [*beside, (f"{record['variant']}{objective}", record["runs"], "C0", 2.0)]
+    figure, panels = plt.subplots(
+        2, len(tasks), figsize=(1.2 + 3.4 * len(tasks), 6), layout="constrained", sharex=True, sharey="row", squeeze=False
+    )
+    places = range(len(tasks) + 1)
+    for column, task in enumerate(tasks):
+        for line, (measure, axis) in enumerate(PANELS.items()):
+            axes = panels[line][column]
+            axes.axvspan(column + 0.5, column + 1.5, color="C1", alpha=0.12, lw=0)
+            for name, runs, colour, width in groups:
+                curves = [[row["tasks"][task][measure] for row in run["rows"]] for run in runs]
+                if len(curves) > 1:
+                    for curve in curves:
+                        axes.plot(places, curve, color=colour, lw=0.7, alpha=0.35)
+                means = [sum(c) / len(c) for c in zip(*curves)]
+                axes.plot(places, means, "o-", color=colour, lw=width, markersize=3 + width, label=name)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_xticks(places, [moment.replace(" ", "\n").replace("_", "\n") for moment in moments(record)])
+            axes.set_xlim(-0.3, len(tasks) + 0.5)
+            axes.set_ylim(bottom=-0.05 if measure == "acc" else 0)
+            if column == 0:
+                axes.set_ylabel(axis)
+        panels[0][column].set_title(f"scored on {task}", fontsize=11)
+        panels[1][column].annotate(
+            "trained here", (column + 1, 0.5), ha="center", va="center", rotation=90, color="C1", fontsize=9, alpha=0.9
+        )
+    panels[0][0].legend(frameon=False, fontsize=9, loc="upper left")
+    seeds = len(record["runs"])
+    head = f"{settings['steps']} steps for each, {settings['model']} model, {seeds} seed{'s' * (seeds > 1)}"
+    figure.suptitle(f"One adapter, one task after the other: {head}", x=0.01, ha="left", fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130, format="png")
+    plt.close(figure)
+    return buffer.getvalue()
