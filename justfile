@@ -47,6 +47,14 @@ bench-cost *options: setup
 bench-objectives *options: setup
     @{{ python }} -m benchmarks.objectives_cost {{ options }}
 
+# one adapter on tasks that follow one another, beside plain lora: just bench-sequential lora objective=gossip:5 seeds=0,1,2
+bench-sequential *words: setup
+    @{{ python }} -m benchmarks.sequential {{ words }}
+
+# make the committed records of bench-sequential anew (under an hour on one core): just sequential-records conflict
+sequential-records *names: setup
+    @{{ python }} -m benchmarks.sequential_records {{ names }}
+
 # run every variant through merge, export, quantised bases, compile and two processes: the record of docs/compatibility.md
 compatibility *options: setup
     @{{ python }} -m benchmarks.compatibility {{ options }}
@@ -71,6 +79,10 @@ sweep *names: setup
 # pretrain the small forecasting model again (seconds)
 pretrain-forecaster: setup
     @{{ python }} -m benchmarks.forecast_base
+
+# pretrain the small model of bench-sequential again (half a minute)
+pretrain-tier: setup
+    @{{ python }} -m benchmarks.sequential_model
 
 # pretrain the embedded base again (about 35 minutes on two cores)
 pretrain-base: setup

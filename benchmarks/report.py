@@ -10,7 +10,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
+
+from benchmarks.statistics import described
+from benchmarks.statistics import paired as differences
 
 LABELS = {
     "code_bits_per_byte": "code, bits per byte (adaptation)",
@@ -43,19 +45,12 @@ def mean_and_deviation(values: list[float]) -> str:
 
 
 def paired(record: dict[str, Any]) -> dict[str, Any] | None:
-    """This variant less the one it ran against, seed by seed, on the adaptation metric: mean, deviation, paired t-test."""
-    if len(record["runs"]) < 2 or not record.get("peer"):
+    """Statistics of this variant less the one it ran against, seed by seed, on the adaptation metric."""
+    if not record.get("peer"):
         return None
     metric = record["metric"]
     ours, theirs = ([final(run)[metric] for run in runs] for runs in (record["runs"], record["peer"]["runs"]))
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return {
-        "against": record["peer"]["variant"],
-        "metric": metric,
-        "mean_difference": statistics.mean(differences),
-        "deviation": statistics.stdev(differences),
-        "p_value": float(stats.ttest_rel(ours, theirs).pvalue),
-    }
+    return {"against": record["peer"]["variant"], "metric": metric, **differences(ours, theirs)}
 
 
 def table(record: dict[str, Any]) -> Table:
@@ -73,8 +68,7 @@ def table(record: dict[str, Any]) -> Table:
         shown.add_row(LABELS.get(metric, metric), f"{before:.4f}", mean_and_deviation(values), f"{change:+.4f}")
     if comparison := record.get("paired"):
         shown.add_section()
-        text = f"{comparison['mean_difference']:+.4f} ± {comparison['deviation']:.4f}, p = {comparison['p_value']:.2g}"
-        shown.add_row(f"paired difference to {comparison['against']}", "", text, "")
+        shown.add_row(f"paired difference to {comparison['against']}", "", described(comparison), "")
     shown.add_section()
     first = runs[0]
     measured = {**first["cost"], **first["fidelity"]}

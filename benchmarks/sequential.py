@@ -30,7 +30,7 @@ from torch import nn
 import lora_lite as ll
 from benchmarks.bench_variant import RUNS
 from benchmarks.options import Options, command, value_of
-from benchmarks.run import Settings, environment, load_base, write_json
+from benchmarks.run import BASE, Settings, environment, load_base, write_json
 from benchmarks.sequential_data import Pieces, Tokens, Words
 from benchmarks.sequential_model import tier
 from benchmarks.sequential_report import plot, show
@@ -114,17 +114,17 @@ def parsed(words: list[str]) -> tuple[str, Sequential, dict[str, Any]]:
     return name, options, fields
 
 
-def shared_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Those that plain lora takes over: rank, layers and the like, not its rate, its seed or what belongs to a method."""
+def plain_fields(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Those that plain lora takes over: of lora all; of another method rank, layers and the like, and not its rate."""
     common = {f.name for f in dataclasses.fields(AdapterConfig)} - {"lr", "seed", "coeff"}
-    return {key: value for key, value in fields.items() if key in common}
+    return {key: value for key, value in fields.items() if name == PLAIN or key in common}
 
 
 def base_of(options: Sequential) -> tuple[nn.Module, Tokens]:
     if options.model == "tier":
         return tier().to(options.device), Words()
-    where = {} if options.model == "base" else {"model": options.model}
-    model, tokenizer = load_base(Settings(device=options.device, **where))
+    folder = str(BASE) if options.model == "base" else options.model
+    model, tokenizer = load_base(Settings(device=options.device, model=folder))
     return model, Pieces(tokenizer)
 
 
@@ -146,7 +146,7 @@ def experiment(name: str, options: Sequential, fields: dict[str, Any], progress:
     )
     plain = dataclasses.replace(plan, objective="none", joint=False)
     is_plain = name == PLAIN and not ll.objectives.parse(options.objective).needs
-    kinds = [("runs", name, fields, plan)] + ([] if is_plain else [("peer", PLAIN, shared_fields(fields), plain)])
+    kinds = [("runs", name, fields, plan)] + ([] if is_plain else [("peer", PLAIN, plain_fields(name, fields), plain)])
     found: dict[str, list[Any]] = {}
     for key, variant, given, its in kinds:
         for seed in options.seeds:
@@ -176,18 +176,23 @@ def name_of(record: dict[str, Any]) -> str:
     return "-".join(words)
 
 
-def bench(words: list[str], console: Console) -> dict[str, Any]:
-    """Measure, show and write. Raises LoraLiteError for wrong options."""
-    name, options, fields = parsed(words)
+def measured(words: list[str], console: Console) -> dict[str, Any]:
+    """The record that the words ask for. Raises LoraLiteError for wrong options."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        record = experiment(name, options, fields, progress)
-    record["command"] = " ".join(["just bench-sequential", *(word for word in words if not word.startswith("out="))])
-    out = Path(options.out)
+        record = experiment(*parsed(words), progress)
+    shown = [word for word in words if not word.startswith("out=")]
+    return {"command": " ".join(["just bench-sequential", *shown]), **record}
+
+
+def bench(words: list[str], console: Console) -> dict[str, Any]:
+    """Measure, show and write. Raises LoraLiteError for wrong options."""
+    record = measured(words, console)
+    out = Path(parsed(words)[1].out)
     out.mkdir(parents=True, exist_ok=True)
     picture = plot(record)
-    write_json(out / f"{name_of(record)}.json", record)
     write_atomically(out / f"{name_of(record)}.png", picture)
+    write_json(out / f"{name_of(record)}.json", record)
     show(record, console)
     written = " and ".join(os.path.relpath(out / f"{name_of(record)}.{kind}") for kind in ("json", "png"))
     console.print(f"{record['wall_seconds']:.0f} s; wrote {written}", soft_wrap=True)
@@ -195,7 +200,7 @@ def bench(words: list[str], console: Console) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> None:
-    command(words, __doc__, bench, "nothing was written")
+    command(words, __doc__, bench, "no record was written")
 
 
 if __name__ == "__main__":

@@ -103,9 +103,9 @@ def lasting(value: Any) -> Any:
 
 
 def finished(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with everything that follows from its runs."""
-    made = dict(record)
-    made["paired"] = {}
+    """The record as it is kept, with everything that follows from its runs."""
+    record = lasting(record)
+    made = {**record, "paired": {}}
     if record["peer"]:
         ours, theirs = ([figures(run) for run in runs] for runs in (record["runs"], record["peer"]["runs"]))
         made["paired"] = {name: paired(column(ours, name), column(theirs, name)) for name in ours[0] if name in theirs[0]}
