@@ -91,7 +91,6 @@ class Sequential(Options):
         if value not in known:
             raise ll.LoraLiteError(
                 f"{key}={value} is unknown.",
-                expected=f"One of {', '.join(known)}.",
                 found=closest(value, known),
                 fix=f"{key}={next(iter(known))}",
             )

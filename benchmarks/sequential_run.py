@@ -15,6 +15,7 @@ from benchmarks.sequential_compose import cosines, oracle, routed
 from benchmarks.sequential_data import Tokens, batch
 from benchmarks.sequential_measures import MEASURES, Scored, crossed, metrics, prepared, scores
 from benchmarks.sequential_tasks import ENTITIES, LINES, Split, order
+from lora_lite.objectives.base import Summand
 from lora_lite.registry import variant_of
 
 CONFLICTING = {"A": "C_conflict", "P": "Q"}
@@ -87,15 +88,17 @@ def configured(name: str, fields: dict[str, Any], bare: nn.Module, seed: int) ->
     return fitting(bare, ll.config(name, **{"seed": seed, **swept, **fields}))
 
 
-def attached(plan: Plan, cfg: ll.AdapterConfig, texts: Sequence[str]) -> nn.Module:
-    """A copy of the base with a fresh adapter; methods that start from data take it from the first task's training lines."""
+def prepare(plan: Plan, cfg: ll.AdapterConfig, texts: Sequence[str], seed: int) -> tuple[nn.Module, Summand]:
+    """(a copy of the base with a fresh adapter, the objective); what starts from data takes it from these training lines."""
     model, cls = copy.deepcopy(plan.bare), variant_of(cfg)
+    objective = ll.objectives.parse(plan.objective).evaluating(seed)
     data = [batch(plan.tokens, part, plan.device) for part in rounds(texts, plan.batch, CALIBRATION_BATCHES)]
+    objective.calibrate(model, data)
     ll.attach(model, cfg, data if cls.needs(cfg) or cls.wants(cfg) else None)
-    return model
+    return model, objective
 
 
-def phase(model: nn.Module, objective: Any, batches: Iterator[list[str]], plan: Plan, step: Step) -> dict[str, float]:
+def phase(model: nn.Module, objective: Summand, batches: Iterator[list[str]], plan: Plan, step: Step) -> dict[str, float]:
     """Train the adapter further with a new AdamW at a constant rate; mean task loss of the last tenth of the steps, and the
     objective's mean parts there."""
     optimizer = torch.optim.AdamW(ll.param_groups(model))
@@ -127,8 +130,7 @@ def sequence(plan: Plan, name: str, fields: dict[str, Any], seed: int, step: Ste
     scored = HeldOut.of(plan, held)
     texts = [plan.texts(task, order(split.train, seed, number)) for number, task in enumerate(plan.tasks)]
     cfg = configured(name, fields, plan.bare, seed)
-    objective = ll.objectives.parse(plan.objective).evaluating(seed)
-    model = attached(plan, cfg, texts[0])
+    model, objective = prepare(plan, cfg, texts[0], seed)
     with ll.disabled(model):
         rows, shapes = [scored.row(model)], [scored.geometry(model)]
     chain, training = [], []
@@ -153,16 +155,17 @@ def sequence(plan: Plan, name: str, fields: dict[str, Any], seed: int, step: Ste
         select, report = (HeldOut.of(plan, part).row for part in (held[::2], held[1::2]))
         record["oracle"] = oracle(model, chain, select, report, plan.tasks) if len(chain) == 3 else None
     if plan.joint:
-        record["joint"] = together(plan, cfg, texts, scored, step)
+        record["joint"] = together(plan, cfg, texts, scored, seed, step)
     return record
 
 
-def together(plan: Plan, cfg: ll.AdapterConfig, texts: list[list[str]], scored: HeldOut, step: Step) -> dict[str, Any]:
+def together(
+    plan: Plan, cfg: ll.AdapterConfig, texts: list[list[str]], scored: HeldOut, seed: int, step: Step
+) -> dict[str, Any]:
     """Scores of a fresh adapter trained on all tasks at once, for as many steps: whether they go together at all."""
     mixed = [text for walk in texts for text in walk]
-    random.Random(cfg.seed).shuffle(mixed)
-    model = attached(plan, cfg, mixed)
-    objective = ll.objectives.parse(plan.objective).evaluating(cfg.seed)
+    random.Random(seed).shuffle(mixed)
+    model, objective = prepare(plan, cfg, mixed, seed)
     phase(model, objective, rounds(mixed, plan.batch, plan.steps * len(plan.tasks)), plan, step)
     return scored.row(model)
 

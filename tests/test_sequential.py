@@ -229,6 +229,14 @@ def test_objective_changes_the_training_and_is_logged(tiny):
     assert all({"loss", "gossip"} == set(part) for part in found["training"])
 
 
+@pytest.mark.parametrize("name", ll.objectives.names())
+def test_every_objective_that_has_a_name_trains(name):
+    found = run(objective=name, steps=1, routes=())
+    terms = ll.objectives.parse(name).named
+    assert all({"loss", *terms} == set(part) for part in found["training"])
+    assert all(math.isfinite(value) for part in found["training"] for value in part.values())
+
+
 def test_every_phase_starts_a_new_optimizer_on_one_adapter(monkeypatch):
     made, real = [], torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups: made.append(real(groups)) or made[-1])
