@@ -145,7 +145,8 @@ def ambient(device: str) -> torch.autocast:
 @torch.no_grad()
 def base_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: torch.autocast) -> list[Call]:
     """The attention calls of a pass with the adapters off. Dropout draws other numbers, from a stream that is put back."""
-    with runtime.disabled(model), torch.random.fork_rng(), autocast, recorded(model) as calls:
+    drawing = {p.device for p in model.parameters() if p.device.type != "cpu"}  # by default all devices, with a warning
+    with runtime.disabled(model), torch.random.fork_rng(drawing), autocast, recorded(model) as calls:
         model(*args, **kwargs)
     return calls
 
