@@ -69,7 +69,6 @@ def test_values_at_plus_and_minus_three():
 
 @pytest.mark.parametrize("alpha", [1e-4, 0.05])
 def test_float32_agrees_with_explicit_weights_in_value_and_gradient(alpha):
-    """Also at alpha 1e-4, where 1 - alpha trace has lost half its digits."""
     call = random(is_causal=True, dtype=torch.float32)
     trace = dense(call)
     want = -torch.log1p(-alpha * trace).mean()
@@ -78,6 +77,12 @@ def test_float32_agrees_with_explicit_weights_in_value_and_gradient(alpha):
     assert relative(got.double(), want) < 1e-5
     for g, w in zip(*(torch.autograd.grad(x, (call.q, call.k, call.v)) for x in (got, want)), strict=True):
         assert relative(g.double(), w.double()) < 1e-5
+
+
+def test_float32_keeps_its_digits_where_the_margin_is_near_one():
+    trace = torch.linspace(0.1, 5, 50)
+    got, want = (penalty(x, 1e-4, 1e-6, 20.0, soft=False) for x in (trace, trace.double()))
+    assert float(((got.double() - want) / want).abs().max()) < 1e-6
 
 
 def test_a_model_is_the_mean_of_its_layers():
@@ -180,6 +185,15 @@ def test_masked_queries_do_not_count():
     assert torch.allclose(value(AttentionBarrier(alpha=0.1), call, mask=mask), want)
     skipped = -torch.cat([(1 - 0.1 * trace)[0, :, 1:].flatten(), (1 - 0.1 * trace)[1, :, 1:4].flatten()]).log().mean()
     assert torch.allclose(value(AttentionBarrier(alpha=0.1, skip_first=True), call, mask=mask), skipped)
+
+
+def test_the_first_query_that_is_skipped_is_the_first_valid_one():
+    mask = torch.arange(7) >= torch.tensor([0, 3])[:, None]
+    call = random(mask=torch.ones(7, 7, dtype=torch.bool).tril() & mask[:, None, None])
+    trace = attention.value_trace(call)
+    assert not trace[1, :, 3].any()
+    want = -torch.cat([(1 - 0.1 * trace)[0, :, 1:].flatten(), (1 - 0.1 * trace)[1, :, 4:].flatten()]).log().mean()
+    assert torch.allclose(value(AttentionBarrier(alpha=0.1, skip_first=True), call, mask=mask), want)
 
 
 def test_a_sequence_without_a_valid_token_is_left_out_and_a_batch_without_one_is_refused():
