@@ -200,6 +200,8 @@ def compare(name: str, base: Bare, mode: str, settings: Cost) -> dict[str, Any]:
     if settings.peer == "peft" and (other := peered(model, cfg)) is not None:
         subjects["peft"] = other[0]
         record["peft"] = {"attach_seconds": other[1], **memory(other[0], ids)}
+        counted = multiply_adds(other[0], ids)
+        record["peft"]["multiply_adds"] = {kind: n - base.multiply_adds[kind] for kind, n in counted.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         ll.save(ours, path)

@@ -84,7 +84,8 @@ START_GOALS = (
 GOALS_READ = (
     "What the project set out to reach, with the quartiles of the rounds, and the limit beside the same: a goal below the "
     "limit asks for less time than the bare model and the method's own multiply-adds and bytes take here. Within the spread: "
-    "the median misses the goal and a quarter of the rounds or more keep it."
+    "the median misses the goal and a quarter of the rounds or more keep it. Products: multiply-adds beyond the bare "
+    "model's, ours over PEFT's."
 )
 
 
@@ -106,7 +107,7 @@ def kept(record: dict[str, Any]) -> list[str]:
     found = [(value, row) for row in record["rows"] if (value := ratio(row, "ours", "saved_bytes", "peft")) is not None]
     above = [f"{value:.2f} (`{label(row)}`, {row['model']})" for value, row in found if value > 1.005]
     shown = ", ".join(above) or f"{max((value for value, _ in found), default=0.0):.2f}"
-    return [f"| all with a peer | kept / PEFT | 1.00 | at most {shown} | - | {'no' if above else 'yes'} |"] if found else []
+    return [f"| all with a peer | kept / PEFT | 1.00 | at most {shown} | - | - | {'no' if above else 'yes'} |"] if found else []
 
 
 def started(record: dict[str, Any]) -> list[str]:
@@ -132,7 +133,13 @@ def started(record: dict[str, Any]) -> list[str]:
 
 
 def goal_line(name: str, what: str, most: float, value: float) -> str:
-    return f"| `{name}` | {what} | {most:.2f} | {value:.2f} | - | {verdict([value], [value], most)} |"
+    return f"| `{name}` | {what} | {most:.2f} | {value:.2f} | - | - | {verdict([value], [value], most)} |"
+
+
+def products(row: dict[str, Any], measure: str) -> str:
+    """Multiply-adds of our method over those of PEFT's, beyond the bare model's."""
+    theirs = row["peft"].get("multiply_adds", {}).get(measure)
+    return f"{row['extra'][measure]['multiply_adds'] / theirs:.2f}" if theirs else "-"
 
 
 def reached(record: dict[str, Any]) -> list[str]:
@@ -151,6 +158,9 @@ def reached(record: dict[str, Any]) -> list[str]:
             limits = ", ".join(f"{cell(row, 'limit', goal.measure, goal.beside)} ({m})" for m, row in found)
             least = [ratio(row, "limit", goal.measure, goal.beside) or 0.0 for _, row in found]
             met = verdict([mid for _, mid, _ in ours], [low for low, _, _ in ours], goal.most)
+            work = ", ".join(f"{products(row, goal.measure)} ({m})" for m, row in found) if goal.beside == "peft" else "-"
             beyond = ", and below the limit" if met == "no" and max(least) > goal.most else ""
-            lines.append(f"| `{name}` | {goal.measure} / {beside} | {goal.most:.2f} | {measured} | {limits} | {met}{beyond} |")
+            lines.append(
+                f"| `{name}` | {goal.measure} / {beside} | {goal.most:.2f} | {measured} | {limits} | {work} | {met}{beyond} |"
+            )
     return [*lines, *kept(record), *started(record)]

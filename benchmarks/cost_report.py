@@ -131,7 +131,7 @@ def page(record: dict[str, Any]) -> str:
     ]
     if goals := reached(record):
         lines += ["", "## Goals", "", *textwrap.wrap(GOALS_READ, 120), ""]
-        lines += ["| variant | ratio | at most | measured | limit | met |", "|---|---|--:|---|---|---|", *goals]
+        lines += ["| variant | ratio | at most | measured | limit | products | met |", "|---|---|--:|---|---|---|---|", *goals]
     for model in dict.fromkeys(row["model"] for row in record["rows"]):
         rate = record["rates"][model]
         lines += ["", f"## {model}", ""]
