@@ -133,9 +133,8 @@ def test_goals_are_met_where_every_model_meets_them(record):
     assert reached({"rows": [row]}) == [alone]
     other = {**row, "model": "d1024", "ours": {"step": [0.9]}, "extra": {"step": {"multiply_adds": 6}}}
     other["peft"] = {"step": [1.0], "multiply_adds": {"step": 2}}
-    both = (
-        "| `oft` | step / PEFT | 0.85 | 0.80 [0.80, 0.80] (d512), 0.90 [0.90, 0.90] (d1024) | 0.70 (d512), {} (d1024) | no{} |"
-    )
+    figures = "0.80 [0.80, 0.80] (d512), 0.90 [0.90, 0.90] (d1024) | 0.70 (d512), {} (d1024) | - (d512), 3.00 (d1024)"
+    both = f"| `oft` | step / PEFT | 0.85 | {figures} | no{{}} |"
     assert reached({"rows": [row, other]}) == [both.format("0.70", "")]
     other["limit"] = {"step": 0.88}
     assert reached({"rows": [row, other]}) == [both.format("0.88", ", and below the limit")]
