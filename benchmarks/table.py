@@ -1,4 +1,4 @@
-"""What is generated: parts of the README, docs/{cost,compatibility,forecast}.md; from the registry and the committed records.
+"""What is generated: parts of the README and whole pages of docs; from the registry and the committed records.
 
 `--check` finds stale ones. Parts of the README:
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import lora_lite as ll
 import lora_lite.variants
-from benchmarks import compatibility_report, cost_report, forecast_report
+from benchmarks import compatibility_report, cost_report, forecast_report, sequential_claims, sequential_page
 from benchmarks.report import final
 from benchmarks.run import BASE
 from benchmarks.steering_report import summary
@@ -127,6 +127,7 @@ def pages() -> dict[Path, str]:
     for name, report in REPORTS.items():
         if found := record(name):
             made[ROOT / "docs" / f"{name}.md"] = report.page(found)
+    made[ROOT / "docs" / "sequential.md"] = sequential_page.page(sequential_claims.committed())
     return made
 
 
