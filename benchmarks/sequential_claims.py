@@ -73,8 +73,8 @@ def forgetting(records: Records) -> list[Claim]:
         Claim(
             "forgetting",
             min(acc_c) >= 0.95 and max(acc_a) <= 0.05 and min(intruded) >= 0.6,
-            f"The conflicting task overwrites the first: after C acc of C is {span(acc_c)}, of A {span(acc_a)}; a share of "
-            f"{span(intruded)} of A's prompts get C's answer.",
+            f"The conflicting task overwrites the first: after C acc of C is {span(acc_c)}, of A {span(acc_a)}, and intrusion "
+            f"{span(intruded)}.",
         ),
         Claim(
             "forgetting",
@@ -108,8 +108,8 @@ def rehearsal(records: Records) -> list[Claim]:
             Claim(
                 "rehearsal",
                 ordered and lowest and min(line["B_rehearsal"]) > 0,
-                f"Rehearsal helps, on every seed more than a related task, and a neutral one is the worst ({words}): accretion "
-                f"of A in line loss: {shown}.",
+                f"Rehearsal helps, on every seed more than a related task, and a neutral one is the worst; accretion_a in line "
+                f"loss at {words}: {shown}.",
             )
         )
     accuracy = {
@@ -121,7 +121,7 @@ def rehearsal(records: Records) -> list[Claim]:
         Claim(
             "rehearsal",
             all(b >= a for a, b in zip(first, after)) and mean(after) > mean(first) and mean(accuracy["N_neutral"][1]) < 0.5,
-            f"Where A was learned in part (half), acc of A goes from {span(first)} to: {shown}.",
+            f"Where A was learned in part (lr 2e-3, 8 lines a step), its acc goes from {span(first)} to: {shown}.",
         )
     )
     return found
@@ -228,8 +228,8 @@ def routes(records: Records) -> list[Claim]:
         Claim(
             "routes",
             max(lower.values()) < 0.8,
-            f"No coefficient of C keeps both: of {len(names)} from {names[0]} to {names[-1]} {best} is the best for the worse "
-            f"of A and C, acc {lower[best]:.2f}. Scaling afterwards trades one task for the other.",
+            f"No coefficient of C keeps both: of the {len(names)} above {best} is the best for the worse of A and C, with acc "
+            f"{lower[best]:.2f}. Scaling afterwards trades one task for the other.",
         ),
     ]
 

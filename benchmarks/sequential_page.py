@@ -164,10 +164,10 @@ task is trained where its panel is shaded. The third one contradicts the first t
 
 {examples()}
 
-There are {ENTITIES["A"]} entities ({ENTITIES["P"]} of P and Q) in groups that the clan, or the last digit, tells. The prompt
-of a line ends with its first colon and the answer with its first full stop; an answer cannot be copied from its line. One
-split by seed holds for all tasks of a suite: a quarter of the entities is scored, and no phase trains on it. Padding is no
-target, and nothing marks the end of a line. SHA-256 of the files, first 16 digits:
+There are {ENTITIES["A"]} entities ({ENTITIES["P"]} of P and Q) in groups that the clan, or the last digit, tells.
+The prompt of a line ends with its first colon and the answer with its first full stop; an answer cannot be copied from its
+line. One split by seed holds for all tasks of a suite: a quarter of the entities is scored, and no phase trains on it.
+Padding is no target, and nothing marks the end of a line. SHA-256 of the files, first 16 digits:
 
 {hashes}.
 
@@ -229,12 +229,12 @@ Nothing is claimed by statistics below {CLAIM} seeds; these effects are far larg
 ## Statistics
 
 Runs of one seed share split, order, start and base, and are compared pair by pair: mean, sample deviation, t with n - 1
-degrees of freedom, two-sided p, 95 % t interval, exact sign-flip p, and a bootstrap interval as an extra. Below {LEAST}
-seeds no statistic is computed. A finding needs {CLAIM} seeds and both p below .05; the smallest sign-flip p of six seeds is
-.031. The tables hold many figures, and none is corrected for their number. Percentages are given only where the baseline is
-positive and above twice its standard error. Where the conflicting task adds less than 1 nat to the first value of A's answer
-for plain lora, the suite is too weak and gives no verdict.
+degrees of freedom, two-sided p, 95 % t interval, exact sign-flip p, and a bootstrap interval as an extra. Below {LEAST} seeds
+no statistic is computed. A finding needs {CLAIM} seeds and both p below .05; the smallest sign-flip p of six seeds is .031. The
+tables hold many figures, and none is corrected for their number. Percentages are given only where the baseline is positive
+and above twice its standard error. Where the conflicting task adds less than 1 nat to the first value of A's answer for plain
+lora, the suite is too weak and gives no verdict.
 
-Conditions: {where["device"]}, {where["threads"]} thread, Python {where["python"]}, torch {where["torch"]}. Figures of trained
-models move with thread count and torch version.
+Figures of trained models move with thread count and torch version; here {where["device"]}, {where["threads"]} thread, torch
+{where["torch"]}, Python {where["python"]}.
 """

@@ -1,7 +1,7 @@
 """just sequential-records [NAME ...]: run bench-sequential anew for every committed record, or for the named ones.
 
-Writes benchmarks/results/sequential/NAME.json; docs/sequential.md is made from them by `just table`. On one CPU thread the
-records of the small model take half an hour, those of the embedded base a quarter.
+Writes benchmarks/results/sequential/NAME.json, and docs/sequential.png from one of them; `just table` makes docs/sequential.md
+from all. Half of the time is that of the embedded base.
 """
 
 import sys
@@ -13,10 +13,12 @@ import lora_lite as ll
 from benchmarks.options import command
 from benchmarks.run import write_json
 from benchmarks.sequential import measured
-from benchmarks.sequential_report import show
+from benchmarks.sequential_report import plot, show
 from lora_lite.errors import closest
+from lora_lite.io import write_atomically
 
 FOLDER = Path(__file__).parent / "results" / "sequential"
+PICTURE, PICTURED = Path(__file__).parent.parent / "docs" / "sequential.png", "base_conflict"
 SIX = ("lora", "model=tier", "seeds=0,1,2,3,4,5", "alpha=16")
 FULL, HALF = (*SIX, "lr=5e-3"), (*SIX, "lr=2e-3", "batch=8")
 """Two regimes: facts are learned whole in the first phase, or in part."""
@@ -51,6 +53,8 @@ def make(names: list[str], console: Console) -> None:
     for name in names or RECORDS:
         record = measured(list(RECORDS[name]), console)
         write_json(FOLDER / f"{name}.json", record)
+        if name == PICTURED:
+            write_atomically(PICTURE, plot(record))
         show(record, console)
         console.print(f"wrote {name}.json", soft_wrap=True)
 

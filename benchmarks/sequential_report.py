@@ -156,6 +156,33 @@ def show(record: dict[str, Any], console: Console) -> None:
 PANELS = {"lead": "loss of the answer's first value,\nnats", "acc": "answers written exactly"}
 
 
+def curves(runs: Runs, task: str, measure: str) -> list[list[float]]:
+    """[run][place]: a measure before and after every phase, and on the first route where there is one."""
+    rows = [[*run["rows"], *(route["row"] for route in run.get("routes", ())[:1])] for run in runs]
+    return [[row["tasks"][task][measure] for row in of] for of in rows]
+
+
+def ticks(record: dict[str, Any]) -> list[str]:
+    labels = [moment.replace(" ", "\n").replace("_", "\n") for moment in moments(record)]
+    first = record["runs"][0].get("routes", ())[:1]
+    return [*labels, *(f"route\n{route['route']}".replace("B+", "B\n+") for route in first)]
+
+
+def panel(axes: Any, groups: list[tuple[str, Runs, str, float]], task: str, measure: str, phases: int) -> None:
+    """Means over the seeds as thick lines, single seeds as thin ones; a route is a hollow mark behind the last phase."""
+    for name, runs, colour, width in groups:
+        found = curves(runs, task, measure)
+        for curve in found if len(found) > 1 else ():
+            axes.plot(range(phases + 1), curve[: phases + 1], color=colour, lw=0.7, alpha=0.35)
+        means = [sum(place) / len(place) for place in zip(*found)]
+        style: dict[str, Any] = {"color": colour, "lw": width, "markersize": 3 + width, "clip_on": False}
+        axes.plot(range(phases + 1), means[: phases + 1], "o-", label=name, **style)
+        axes.plot(range(phases, len(means)), means[phases:], ":", **style)
+        axes.plot(range(phases + 1, len(means)), means[phases + 1 :], "o", markerfacecolor="white", **style)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(bottom=-0.05 if measure == "acc" else 0)
+
+
 def plot(record: dict[str, Any]) -> bytes:
     """A column per task, scored before and after every phase: loss above, accuracy below; this variant beside plain lora."""
     import matplotlib
@@ -165,36 +192,24 @@ def plot(record: dict[str, Any]) -> bytes:
 
     tasks, settings, peer = list(record["tasks"]), record["settings"], record["peer"]
     objective = "" if settings["objective"] == "none" else f" + {settings['objective']}"
-    beside = [(f"plain {peer['variant']}", peer["runs"], "0.65", 4.5)] if peer else []
-    groups = [*beside, (f"{record['variant']}{objective}", record["runs"], "C0", 2.0)]
+    groups = [(f"plain {peer['variant']}", peer["runs"], "0.65", 4.5)] if peer else []
+    groups.append((f"{record['variant']}{objective}", record["runs"], "C0", 2.0))
     figure, panels = plt.subplots(
-        2, len(tasks), figsize=(1.2 + 3.4 * len(tasks), 6), layout="constrained", sharex=True, sharey="row", squeeze=False
+        2, len(tasks), figsize=(1.2 + 3.6 * len(tasks), 6), layout="constrained", sharex=True, sharey="row", squeeze=False
     )
-    places = range(len(tasks) + 1)
     for column, task in enumerate(tasks):
-        for line, (measure, axis) in enumerate(PANELS.items()):
-            axes = panels[line][column]
-            axes.axvspan(column + 0.5, column + 1.5, color="C1", alpha=0.12, lw=0)
-            for name, runs, colour, width in groups:
-                curves = [[row["tasks"][task][measure] for row in run["rows"]] for run in runs]
-                if len(curves) > 1:
-                    for curve in curves:
-                        axes.plot(places, curve, color=colour, lw=0.7, alpha=0.35)
-                means = [sum(c) / len(c) for c in zip(*curves)]
-                axes.plot(places, means, "o-", color=colour, lw=width, markersize=3 + width, label=name)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.set_xticks(places, [moment.replace(" ", "\n").replace("_", "\n") for moment in moments(record)])
-            axes.set_xlim(-0.3, len(tasks) + 0.5)
-            axes.set_ylim(bottom=-0.05 if measure == "acc" else 0)
-            if column == 0:
-                axes.set_ylabel(axis)
+        for line, measure in enumerate(PANELS):
+            panels[line][column].axvspan(column + 0.5, column + 1.5, color="C1", alpha=0.12, lw=0)
+            panel(panels[line][column], groups, task, measure, len(tasks))
+            panels[line][0].set_ylabel(PANELS[measure])
         panels[0][column].set_title(f"scored on {task}", fontsize=11)
+        panels[1][column].set_xticks(range(len(ticks(record))), ticks(record), fontsize=9)
         panels[1][column].annotate(
             "trained here", (column + 1, 0.5), ha="center", va="center", rotation=90, color="C1", fontsize=9, alpha=0.9
         )
-    panels[0][0].legend(frameon=False, fontsize=9, loc="upper left")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), frameon=False, fontsize=9, ncols=2, loc="outside upper right")
     seeds = len(record["runs"])
-    head = f"{settings['steps']} steps for each, {settings['model']} model, {seeds} seed{'s' * (seeds > 1)}"
+    head = f"{settings['steps']} steps for each, model {settings['model']}, {seeds} seed{'s' * (seeds > 1)}"
     figure.suptitle(f"One adapter, one task after the other: {head}", x=0.01, ha="left", fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, format="png")
