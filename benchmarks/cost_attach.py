@@ -40,12 +40,15 @@ CASES: dict[str, dict[str, Any]] = {
 BASE = {"d": 512, "rank": 16, "layers": 2, "tokens": 256}
 GROWTH = {"d": (256, 512, 768, 1024), "rank": (4, 8, 16, 32), "layers": (1, 2, 4, 8), "tokens": (256, 512, 1024, 2048)}
 GROWN = ("pissa", "corda")
-LARGE = ("pissa_fast", "corda")
+LARGE = {
+    "pissa_fast": 6,
+    "corda": 16,
+}  # blocks: a start works on one layer at a time, whose temporaries a few blocks must outweigh
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attach:
-    """model: of `cases`, d and its width; large: blocks of an 8B model's sizes in bfloat16."""
+    """model: of `cases`, d and its width."""
 
     cases: tuple[str, ...] = tuple(CASES)
     model: str = "d1024"
@@ -55,7 +58,6 @@ class Attach:
     repeats: int = 2
     threads: int = 2
     peer: str = "peft"
-    large: int = 6
 
 
 # --- one attach, in a process of its own ------------------------------------------------------------------------------
@@ -236,13 +238,11 @@ def growth_rows(settings: Attach, done: Callable[[str], None] = lambda name: Non
 
 
 def large_rows(settings: Attach, done: Callable[[str], None] = lambda name: None) -> list[dict[str, Any]]:
-    """One row per case: seconds, peak and model bytes on a stack of an 8B model's blocks."""
+    """One row per case: seconds, peak and model bytes on a stack of an 8B model's blocks, in bfloat16."""
     rows = []
-    for name in LARGE:
-        spec = spec_of(
-            settings, case=name, d=4096, layers=settings.large, rank=16, tokens=settings.tokens, shape="8b", repeats=1
-        )
-        rows.append({"case": name, "blocks": settings.large, "r": 16, "ours": child([spec])[0]})
+    for name, blocks in LARGE.items():
+        spec = spec_of(settings, case=name, d=4096, layers=blocks, rank=16, tokens=settings.tokens, shape="8b", repeats=1)
+        rows.append({"case": name, "blocks": blocks, "r": 16, "ours": child([spec])[0]})
         done(f"{name}, 8B")
     return rows
 
