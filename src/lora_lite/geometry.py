@@ -117,7 +117,8 @@ def measure(
 
     eff_rank, sigma_ratio, active_frac, rep, gossip   of the hidden rows of all batches together; mean over `layers`
     head_sim                                          mean over sequences and layers; left out with attention=False
-    delta_eff_rank                                    mean over adapted layers that change something; absent where none does
+    delta_eff_rank                                    mean over adapted layers that change something; absent where none does,
+                                                      and where an adapter is no linear map
 
     batches   what the model is called with: mappings, tuples or tensors; an `attention_mask` leaves padding out
     layers    as in `capture`; None: the input of the output head
@@ -139,7 +140,9 @@ def measure(
     found: dict[str, float] = {}
     for masked, pool in passes.items():
         found |= {key if masked else f"{key}_unmasked": value for key, value in pool.figures(tau).items()}
-    ranks = [rank for rank in of_deltas(model).values() if rank] if runtime.adapters(model) else []
+    adapters = [f.adapter for f in runtime.adapters(model)]
+    linear = bool(adapters) and all(adapter.claims.affine for adapter in adapters)
+    ranks = [rank for rank in of_deltas(model).values() if rank] if linear else []
     return found | ({"delta_eff_rank": sum(ranks) / len(ranks)} if ranks else {})
 
 
