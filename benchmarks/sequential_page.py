@@ -158,7 +158,7 @@ just bench-sequential ia3 suite=continual model=FOLDER    # any causal language 
 ![Loss and accuracy of every task over the phases](sequential.png)
 
 Plain lora on the embedded base, {real} (thin lines), held-out entities. A
-task is trained where its panel is shaded. The third one contradicts the first two.
+task is trained where its panel is shaded; the third contradicts the first two. Hollow: a route, a weighted sum of snapshots.
 
 ## The tasks
 

@@ -156,10 +156,10 @@ def show(record: dict[str, Any], console: Console) -> None:
 PANELS = {"lead": "loss of the answer's first value,\nnats", "acc": "answers written exactly"}
 
 
-def curves(runs: Runs, task: str, measure: str) -> list[list[float]]:
-    """[run][place]: a measure before and after every phase, and on the first route where there is one."""
+def curves(runs: Runs, task: str, measure: str, places: int) -> list[list[float]]:
+    """[run][place]: a measure before and after every phase, and on the first route where that has a place and exists."""
     rows = [[*run["rows"], *(route["row"] for route in run.get("routes", ())[:1])] for run in runs]
-    return [[row["tasks"][task][measure] for row in of] for of in rows]
+    return [[row["tasks"][task][measure] for row in of[:places]] for of in rows]
 
 
 def ticks(record: dict[str, Any]) -> list[str]:
@@ -168,17 +168,18 @@ def ticks(record: dict[str, Any]) -> list[str]:
     return [*labels, *(f"route\n{route['route']}".replace("B+", "B\n+") for route in first)]
 
 
-def panel(axes: Any, groups: list[tuple[str, Runs, str, float]], task: str, measure: str, phases: int) -> None:
+def panel(axes: Any, groups: list[tuple[str, Runs, str, float]], task: str, measure: str, phases: int, places: int) -> None:
     """Means over the seeds as thick lines, single seeds as thin ones; a route is a hollow mark behind the last phase."""
     for name, runs, colour, width in groups:
-        found = curves(runs, task, measure)
+        found = curves(runs, task, measure, places)
         for curve in found if len(found) > 1 else ():
             axes.plot(range(phases + 1), curve[: phases + 1], color=colour, lw=0.7, alpha=0.35)
         means = [sum(place) / len(place) for place in zip(*found)]
         style: dict[str, Any] = {"color": colour, "lw": width, "markersize": 3 + width, "clip_on": False}
         axes.plot(range(phases + 1), means[: phases + 1], "o-", label=name, **style)
-        axes.plot(range(phases, len(means)), means[phases:], ":", **style)
-        axes.plot(range(phases + 1, len(means)), means[phases + 1 :], "o", markerfacecolor="white", **style)
+        if len(means) > phases + 1:
+            axes.plot((phases, phases + 1), means[phases:], ":", **style)
+            axes.plot(phases + 1, means[-1], "o", markerfacecolor="white", **style)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(bottom=-0.05 if measure == "acc" else 0)
 
@@ -200,7 +201,7 @@ def plot(record: dict[str, Any]) -> bytes:
     for column, task in enumerate(tasks):
         for line, measure in enumerate(PANELS):
             panels[line][column].axvspan(column + 0.5, column + 1.5, color="C1", alpha=0.12, lw=0)
-            panel(panels[line][column], groups, task, measure, len(tasks))
+            panel(panels[line][column], groups, task, measure, len(tasks), len(ticks(record)))
             panels[line][0].set_ylabel(PANELS[measure])
         panels[0][column].set_title(f"scored on {task}", fontsize=11)
         panels[1][column].set_xticks(range(len(ticks(record))), ticks(record), fontsize=9)

@@ -76,7 +76,7 @@ def verdict(record: dict[str, Any]) -> dict[str, Any]:
     if not record["paired"]:
         return found | {"text": text}
     if seeds < CLAIM:
-        return found | {"text": f"{text} {seeds} seeds: differences are shown, nothing is claimed below {CLAIM}."}
+        return found | {"text": f"{text} Differences are shown; nothing is claimed below {CLAIM} seeds."}
     found["findings"] = [name for name, result in record["paired"].items() if result["finding"]]
     return found | {"text": f"{text} {len(found['findings'])} of {len(record['paired'])} figures differ from plain {plain}."}
 

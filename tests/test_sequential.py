@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from benchmarks.sequential_model import tier
 from benchmarks.sequential_run import Plan, sequence
 from benchmarks.sequential_summary import finished, good, lasting, verdict
 from benchmarks.sequential_tasks import LINES, Example, lines, order
+from lora_lite.registry import borrowed
 
 ABC = ("A", "B_related", "C_conflict")
+TINY = ["model=tier", "steps=2", "batch=4", "lines=4", "seeds=0,1"]
 
 
 def plan(tasks=ABC, objective="none", steps=2, routes=("A+B+C",), joint=False, size=4, lines=4):
@@ -251,10 +254,10 @@ def test_lines_of_phases_come_in_their_order_and_never_from_held_out_entities(mo
     monkeypatch.setattr(
         sequential_run, "batch", lambda tokens, texts, device: seen.extend(texts) or batch(tokens, texts, device)
     )
-    run(steps=100, routes=())  # 400 lines of 192 entities: the walk starts again
+    run(steps=25, size=16, routes=())  # 400 lines of 192 entities: the walk starts again
     split = plan().split(0)
     expected = [LINES[task](i) for number, task in enumerate(ABC) for i in (order(split.train, 0, number) * 3)[:400]]
-    calibration = len(seen) - len(expected)
+    calibration = 16 * sequential_run.CALIBRATION_BATCHES
     assert seen[calibration:] == expected
     labels = {Example(text).prompt.split()[1].rstrip(",:") for text in seen}
     assert not labels & {f"{i:04d}" for i in split.held_out}
@@ -289,6 +292,33 @@ def test_every_variant_runs_a_sequence_with_its_routes(name):
     assert all(math.isfinite(value) for row in found["rows"] for task in row["tasks"].values() for value in task.values())
     assert len(found["delta_cosines"]) == 3
     assert found["routes"][0]["route"] == "A+0.5B+0.25C"
+
+
+def test_a_variant_that_is_no_linear_map_runs_without_routes_and_cosines(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class BentConfig(ll.RanklessConfig):
+        pass
+
+    class Bent(ll.Adapter):
+        Config = BentConfig
+        claims = ll.Claims(affine=False)
+
+        @staticmethod
+        def param_specs(d_in, d_out, cfg):
+            return {"a": ll.ParamSpec((d_out,))}
+
+        def forward(self, x, y, base):
+            return y + self.coeff * self.a * torch.tanh(y)
+
+    text = io.StringIO()
+    with borrowed(Bent):
+        record = sequential.bench(["bent", *TINY[:-1], "seeds=0", f"out={tmp_path}"], Console(file=text, width=160))
+    run = record["runs"][0]
+    assert run["rows"][-1] != run["rows"][0]
+    assert "routes" not in run
+    assert "delta_eff_rank" not in run["geometry"]["after"]
+    assert "delta_eff_rank" in record["peer"]["runs"][0]["geometry"]["after"]
+    assert "interference_a" in text.getvalue()
 
 
 def test_a_loss_that_is_not_finite_is_named():
@@ -346,8 +376,6 @@ def test_plain_lora_takes_over_what_every_variant_has_and_no_rate_but_its_own():
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-TINY = ["model=tier", "steps=2", "batch=4", "lines=4", "seeds=0,1"]
-
 
 @pytest.fixture(scope="module")
 def written_record(tmp_path_factory):
@@ -399,7 +427,7 @@ def test_verdict_needs_a_conflict_that_hurts_plain_lora(written_record):
         of["rows"][-1]["tasks"]["A"]["lead"] = of["rows"][-2]["tasks"]["A"]["lead"] + 1.5
     found = verdict(record)
     assert found["strong"]
-    assert "nothing is claimed below 6" in found["text"]
+    assert "nothing is claimed below 6 seeds" in found["text"]
     record["tasks"] = {"A": {}, "B_related": {}, "N_neutral": {}}
     assert "no verdict" in verdict(record)["text"]
 
