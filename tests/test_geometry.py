@@ -153,3 +153,13 @@ def test_bad_input_is_named():
     refusal(lambda: G.effective_rank(torch.ones(1, 4)), "(1, 4)", "At least two")
     refusal(lambda: G.measure(toy.toy(), [toy.inputs(2, 6, 24)], layers=1), "attention maps", "scaled_dot_product_attention")
     refusal(lambda: G.of_deltas(toy.toy()), "no adapter")
+    refusal(lambda: G.effective_rank(torch.full((3, 4), torch.nan)), "not finite", "isfinite")
+    refusal(lambda: G.head_similarity(torch.ones(2, 3, 4, 4), torch.ones(2, 5)), "shape (2, 5)", "attention maps have (2, 4)")
+    refusal(lambda: G.head_similarity(torch.ones(2, 3, 4, 4), torch.full((2, 4), 0.5)), "other numbers than 0 and 1")
+
+
+def test_inference_mode_gives_the_same_figures():
+    model = adapted()
+    with torch.inference_mode():
+        found = G.measure(model, BATCHES)
+    assert found == pytest.approx(G.measure(model, BATCHES))

@@ -81,6 +81,7 @@ class Change(NamedTuple):
         return self.left if self.right is None else self.left @ self.right
 
 
+@torch.inference_mode(False)  # `factors` takes derivatives
 @torch.no_grad()
 def change(layer: Layer, adapter: Adapter) -> Change:
     """The change that one adapter makes at its coefficient, as factors where it claims a rank that makes them the smaller form.

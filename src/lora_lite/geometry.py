@@ -43,6 +43,8 @@ def centred_spectrum(X: Tensor) -> Tensor:
             fix="hidden[attention_mask.bool()]",
         )
     X = wide(X)
+    if not X.isfinite().all():
+        raise LoraLiteError("Rows with numbers that are not finite have no spectrum.", fix="X[X.isfinite().all(1)]")
     return torch.linalg.svdvals(X - X.mean(0))
 
 
@@ -64,7 +66,8 @@ def active_fraction(X: Tensor, threshold: float = 0.05) -> float:
 
 def head_similarity(P: Tensor, mask: Tensor | None = None) -> float:
     """Mean cosine of the attention maps (B, H, T, T) of different heads; mask (B, T). Lower is more diverse."""
-    mask = torch.ones(P.shape[0], P.shape[-1], device=P.device) if mask is None else mask
+    shape = (P.shape[0], P.shape[-1])
+    mask = torch.ones(shape) if mask is None else Forward(mask).mask_for(shape, "attention maps")
     return float(formulas.head_similarity(wide(P), mask.to(P.device)).mean())
 
 

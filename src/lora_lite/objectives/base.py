@@ -128,8 +128,11 @@ class Objective(Summand, Options):
     def value(self, seen: "Seen") -> Tensor:
         """The unweighted value, the mean over the forward passes that `seen` recorded; outside autocast."""
         seen.require(self.name, self.requires)
-        with full_precision(seen.device):
-            return torch.stack([self.of(forward) for forward in seen.forwards]).mean()
+        values = []
+        for forward in seen.forwards:
+            with full_precision(seen.device), torch.set_grad_enabled(torch.is_grad_enabled() and forward.with_grad):
+                values.append(self.of(forward))
+        return torch.stack(values).mean()
 
     def evaluating(self, seed: int = 0) -> "Objective":
         return dataclasses.replace(self)
@@ -144,6 +147,8 @@ class Random(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.seed < 2**63:
+            self.refuse("seed", self.seed, "0 to 2**63 - 1")
         self.drawn.manual_seed(self.seed)
 
     def state(self) -> Tensor:
