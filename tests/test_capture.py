@@ -262,3 +262,58 @@ def test_the_same_values_through_a_wrapper():
     with torch.no_grad(), ll.capture(wrapper, O.L1()) as seen:
         wrapper(IDS)
     assert seen.hidden[0].shape == (3, 8, 32)
+
+
+@pytest.mark.parametrize("objective", [O.L1(weight=1), O.AttentionBarrier(alpha=0.1)], ids=lambda o: o.name)
+def test_a_compiled_model_is_one_graph_inside_the_block_too(objective):
+    torch._dynamo.reset()
+    model = adapted(language_model(blocks=1)).train()
+    loss, _ = trained(model, objective)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert trained(compiled, objective)[0] == pytest.approx(loss, rel=1e-5)
+    torch._dynamo.reset()
+
+
+def test_what_was_recorded_in_inference_mode_is_measured_in_it_and_behind_it():
+    model = adapted().train()
+    objective = EVERYTHING + O.AttentionBarrier(alpha=0.1)
+    with torch.no_grad(), ll.capture(model, objective) as seen:
+        model(IDS, MASK)
+    expected = objective.evaluating()(seen)
+    with torch.inference_mode(), ll.capture(model, objective) as seen:
+        model(IDS, MASK)
+        assert torch.equal(objective.evaluating()(seen), expected)
+    assert float(objective.evaluating()(seen).detach()) == float(expected.detach())
+
+
+def sequences_to_sequences():
+    """A BART with random weights: an encoder, a decoder, and cross attention between sequences that may be of one length."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, use_cache=False, dropout=0.0,
+    )  # fmt: skip
+    return adapted(toy.seeded(lambda: transformers.BartForConditionalGeneration(config)))
+
+
+@pytest.mark.parametrize("objective", [O.HeadDiversity(), O.AttentionBarrier(alpha=0.1)], ids=lambda o: o.name)
+def test_of_an_encoder_and_a_decoder_the_decoder_s_attention_to_itself_counts(objective):
+    model = sequences_to_sequences().train()
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "decoder_input_ids": IDS}
+    with ll.capture(model, objective) as seen:
+        model(**batch, decoder_attention_mask=MASK)
+    assert len(seen.calls) == 3
+    found = objective(seen)
+    seen.only.calls = [call for call in seen.calls if call.layer.endswith("decoder.layers.0.self_attn")]
+    assert torch.equal(objective(seen), found)
+
+
+def test_hidden_states_of_an_encoder_need_its_mask_by_name():
+    model, layers = sequences_to_sequences(), "model.encoder.layers.0"
+    batch = {"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": IDS[:, :5]}
+    with pytest.raises(ll.LoraLiteError, match=r"model\.encoder\.layers\.0 belongs to the encoder.*\n.*mask=attention_mask"):
+        with ll.capture(model, O.L1(), layers=layers):
+            model(**batch)
+    with torch.no_grad(), ll.capture(model, O.L1(), layers=layers, mask=MASK) as seen:
+        model(**batch)
+    assert float(O.L1().value(seen)) == pytest.approx(float(seen.hidden[0][MASK.bool()].abs().mean()))

@@ -18,9 +18,10 @@ from . import runtime
 from .attention import Call, recorded
 from .errors import LoraLiteError, closest, some
 from .objectives.base import NEEDS, Summand
-from .seen import Forward, Seen, version
+from .seen import Forward, Seen, token_mask, version
 from .targets import block_index, is_compiled, plain, unwrapped
 
+DECODER_MASK = "decoder_attention_mask"
 Handles = list[torch.utils.hooks.RemovableHandle]
 
 
@@ -43,7 +44,7 @@ def capture(
     accumulate  more than one forward pass; objectives are means over them
 
     Call `backward` after the block. Autocast, non-reentrant checkpointing and torch.compile (which compiles once more for the
-    block) are fine. Raises LoraLiteError, naming the objective, for reentrant checkpointing, attention
+    block, without a graph break) are fine. Raises LoraLiteError, naming the objective, for reentrant checkpointing, attention
     maps of a model that calls no scaled_dot_product_attention, hidden states of a model without an output head, a mask that
     does not fit, no forward pass or a second one, and for adapters that are merged or whose hooks are gone.
     """
@@ -61,6 +62,8 @@ def capture(
             f"layers={layers!r} selects hidden states.", expected="Nothing here needs them.", found=f"Needs: {sorted(asked)}."
         )
     places = hidden_places(root, layers, asked["hidden"]) if "hidden" in asked else {}
+    if mask is None:
+        refuse_encoder(root, places)
     with contextlib.ExitStack() as stack:
         calls = stack.enter_context(recorded(root)) if "attention" in asked else []
         if is_compiled(model) or any(is_compiled(module) for module in root.modules()):
@@ -84,7 +87,8 @@ class Recorder:
 
     def __init__(self, root: nn.Module, seen: Seen, calls: list[Call], given: Tensor | None, accumulate: bool):
         self.seen, self.calls, self.given, self.accumulate = seen, calls, given, accumulate
-        self.parameters = list(inspect.signature(root.forward).parameters)
+        self.parameters = parameters(root)
+        self.of_decoder = DECODER_MASK in self.parameters
         self.running: Forward | None = None
         self.before = 0
         self.handles: Handles = [
@@ -107,16 +111,16 @@ class Recorder:
         if self.seen.forwards and not self.accumulate:
             raise LoraLiteError(
                 "A second forward pass inside one capture block.",
-                expected="One; generation and two-part losses make several.",
+                expected="One; a loss of two parts makes two. Text is generated outside the block.",
                 fix="ll.capture(model, objective, accumulate=True)  # objectives are means over the passes",
             )
         mask = self.given
         if mask is None:
             batch = {**dict(zip(self.parameters, args)), **kwargs}
-            named = batch.get("decoder_attention_mask" if "decoder_attention_mask" in self.parameters else "attention_mask")
-            mask = None if named is None else token_mask(named)
+            mask = batch.get(DECODER_MASK if self.of_decoder else "attention_mask")
         again = functools.partial(base_calls, module, args, kwargs, ambient(self.seen.device.type))
-        self.running, self.before = Forward(mask, torch.is_grad_enabled(), base_calls=again), len(self.calls)
+        self.running = Forward(mask, torch.is_grad_enabled(), of_decoder=self.of_decoder, base_calls=again)
+        self.before = len(self.calls)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.running is not None:
@@ -176,23 +180,6 @@ def askers(objective: Summand | Set[str]) -> dict[str, str]:
     return dict.fromkeys(objective, "The capture")
 
 
-def token_mask(mask: Any) -> Tensor:
-    """(B, T) booleans. Raises LoraLiteError for another shape and for other numbers than 0 and 1."""
-    if not isinstance(mask, Tensor) or mask.ndim > 2:
-        raise LoraLiteError(
-            f"The mask is {f'of shape {tuple(mask.shape)}' if isinstance(mask, Tensor) else f'a {type(mask).__name__}'}.",
-            expected="One number per token, (batch, time): 1 for tokens, 0 for padding.",
-            fix="ll.capture(model, objective, mask=mask)",
-        )
-    if not ((mask == 0) | (mask == 1)).all():
-        raise LoraLiteError(
-            "The mask holds other numbers than 0 and 1.",
-            expected="1 for tokens, 0 for padding.",
-            fix="attention_mask = input_ids != pad_token_id",
-        )
-    return mask.bool()
-
-
 def hidden_places(root: nn.Module, layers: Any, who: str) -> dict[str, tuple[nn.Module, bool]]:
     """{path: (module, whether its input is meant)} that show the hidden states."""
     modules = {plain(path): module for path, module in root.named_modules()}
@@ -214,6 +201,23 @@ def hidden_places(root: nn.Module, layers: Any, who: str) -> dict[str, tuple[nn.
     if not wanted:
         raise LoraLiteError("layers=() selects nothing.", expected="Block indices or paths of modules.", fix="layers=(0, 1)")
     return {path: (modules[path], False) for path in (place(layer, modules, blocks) for layer in wanted)}
+
+
+def parameters(root: nn.Module) -> list[str]:
+    return list(inspect.signature(root.forward).parameters)
+
+
+def refuse_encoder(root: nn.Module, places: dict[str, tuple[nn.Module, bool]]) -> None:
+    """Raise LoraLiteError for modules of an encoder where the mask that is read is that of the decoder beside it."""
+    encoder = root.get_encoder() if hasattr(root, "get_encoder") else None  # type: ignore[operator]
+    if not isinstance(encoder, nn.Module) or DECODER_MASK not in parameters(root):
+        return
+    if inside := [path for path, (module, _) in places.items() if module in set(encoder.modules())]:
+        raise LoraLiteError(
+            f"layers: {some(inside)} belongs to the encoder.",
+            expected="Modules of the decoder, whose mask is read.",
+            fix="ll.capture(model, objective, layers=layers, mask=attention_mask)",
+        )
 
 
 def place(layer: int | str, modules: dict[str, nn.Module], blocks: dict[int, list[str]]) -> str:

@@ -1,7 +1,9 @@
 """What a capture block shows: forward passes with their token mask, hidden states and attention calls, and their checks."""
 
+import functools
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +15,49 @@ from .errors import LoraLiteError
 CAPTURE = "with ll.capture(model, objective) as seen: out = model(**batch)"
 
 
+def token_mask(mask: Any) -> Tensor:
+    """(B, T) booleans. Raises LoraLiteError for another shape and for other numbers than 0 and 1."""
+    if not isinstance(mask, Tensor) or mask.ndim > 2:
+        raise LoraLiteError(
+            f"The mask is {f'of shape {tuple(mask.shape)}' if isinstance(mask, Tensor) else f'a {type(mask).__name__}'}.",
+            expected="One number per token, (batch, time): 1 for tokens, 0 for padding.",
+            fix="ll.capture(model, objective, mask=mask)",
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise LoraLiteError(
+            "The mask holds other numbers than 0 and 1.",
+            expected="1 for tokens, 0 for padding.",
+            fix="attention_mask = input_ids != pad_token_id",
+        )
+    return mask.bool()
+
+
 @dataclass
 class Forward:
     """One forward pass.
 
-    given      token mask as the batch or the caller gave it, booleans (B, T), or None
+    raw        token mask as the batch or the caller gave it, or None
     hidden     hidden states (B, T, D), one per layer, or those that `layers` chose, in the order they came
-    versions   of these tensors when they were recorded: a write in place counts them up
+    versions   of these tensors when they were recorded, see `version`
     calls      attention calls, in the order they came
     with_grad  gradients were enabled for the pass; without  for what was recorded while they were off in the middle of it
+    of_decoder the model has an encoder too, and what covers its tokens is another mask
     base_calls runs the pass once more with the adapters off: its attention calls
     """
 
-    given: Tensor | None
+    raw: Any
     with_grad: bool = True
     hidden: list[Tensor] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    versions: list[int | None] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     without: bool = False
+    of_decoder: bool = False
     base_calls: Callable[[], list[Call]] = list
+
+    @functools.cached_property
+    def given(self) -> Tensor | None:
+        """The token mask (B, T), booleans, or None. Not read in the forward: torch.compile breaks off at such a branch."""
+        return None if self.raw is None else token_mask(self.raw)
 
     def mask_for(self, shape: tuple[int, ...], what: str) -> Tensor:
         """The token mask, booleans, for tensors with these leading axes (B, T); all True where none was given.
@@ -152,8 +178,9 @@ class Seen:
                     check(forward, self.asked[need])
 
 
-def version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def version(tensor: Tensor) -> int | None:
+    """How often the tensor was written to in place; None where that is not counted: inference mode, code being compiled."""
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def check_hidden(forward: Forward, who: str) -> None:
@@ -163,7 +190,7 @@ def check_hidden(forward: Forward, who: str) -> None:
             expected="The output head, or the modules that `layers` names.",
             fix="ll.capture(model, objective, layers=(0, 1))  # block indices or paths of modules",
         )
-    if any(version(h) != before for h, before in zip(forward.hidden, forward.versions)):
+    if any(before is not None and version(h) != before for h, before in zip(forward.hidden, forward.versions)):
         raise LoraLiteError(
             f"{who} recorded hidden states that the model wrote over afterwards, in place.",
             expected="Modules whose output is left alone.",

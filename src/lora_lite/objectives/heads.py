@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import Call, maps
+from ..attention import Call, causal, maps
 from ..errors import LoraLiteError
 from .base import Objective
 from .formulas import head_similarity
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class HeadDiversity(Objective):
     """Mean over sequences, layers and ordered head pairs i != j of cos(vec P_i, vec P_j), P the T x T attention map.
 
-    Self-attention counts, other calls do not. Maps are formed layer by layer, and again in backward: one layer's are held at a
-    time.
+    Self-attention counts, other calls do not; of a model with encoder and decoder that of the decoder, whose mask is read.
+    Maps are formed layer by layer, and again in backward: one layer's are held at a time.
 
     weight  factor in the loss
     """
@@ -41,7 +41,8 @@ def similarities(forward: "Forward", name: str, masked: bool = True) -> list[Ten
     masked  False counts padding like tokens
     Raises LoraLiteError where there is no such call, or no sequence has two valid tokens.
     """
-    calls = [call for call in forward.calls if call.q.ndim == 4 and call.q.shape[-2] == call.k.shape[-2]]
+    calls = causal(forward.calls) if forward.of_decoder else forward.calls
+    calls = [call for call in calls if call.q.ndim == 4 and call.q.shape[-2] == call.k.shape[-2]]
     if not calls:
         raise LoraLiteError(
             f"{name!r} needs self-attention over (batch, heads, time, width).",
