@@ -37,6 +37,8 @@ def test_text_that_is_no_objective():
     refusal(lambda: O.parse("combined:2"), "'combined' is a whole", "diversity:.01+repulsion:.01+l1:.0002")
     refusal(lambda: O.parse("gossip++l1"), "is no objective", "name:weight")
     refusal(lambda: O.parse(5), "5 is no text", "gossip:5")
+    refusal(lambda: O.parse("gossip:5,weight=3"), "'gossip:5,weight=3' gives a field twice", "gossip:5,tau=.5")
+    refusal(lambda: O.parse("l1+gossip,tau=.5,tau=.6"), "'gossip,tau=.5,tau=.6' gives a field twice")
 
 
 def test_values_out_of_range():
@@ -47,6 +49,8 @@ def test_values_out_of_range():
         (lambda: O.L1(weight=float("nan")), "weight=nan"),
         (lambda: O.L1(weight="much"), "weight='much'"),
         (lambda: O.L1(seed=3), "L1 has no field 'seed'"),
+        (lambda: O.Gossip(seed=2**64), "seed=18446744073709551616"),
+        (lambda: O.AttentionBarrier(layers=("q", "(")), r"layers='('"),
         (lambda: O.DeltaCosine(against=()), "against=()"),
         (lambda: O.DeltaCosine(against="a"), "against='a'"),
     ):

@@ -6,7 +6,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, Union
 
@@ -58,6 +58,14 @@ class Options:
             f"{type(self).__name__}({name}={value!r}) cannot be built.", expected=f"{name} is {expected}.", fix=fix
         )
 
+    def refuse_no_patterns(self, name: str, patterns: Iterable[str]) -> None:
+        """Raise the error for the first of the patterns of a field that is no regular expression."""
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                self.refuse(name, pattern, f"a name or a regular expression ({error})")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Options):
@@ -107,11 +115,7 @@ class AdapterConfig(Options):
             if not math.isfinite(getattr(self, name) or 0.0):
                 self.refuse(name, getattr(self, name), "a finite number")
         patterns = [*self.exclude, *self.rank_pattern, *(() if self.targets == "all-linear" else self.targets)]
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                self.refuse("targets, exclude or rank_pattern", pattern, f"a name or a regular expression ({error})")
+        self.refuse_no_patterns("targets, exclude or rank_pattern", patterns)
         if self.targets == ():
             self.refuse("targets", (), 'at least one name or regular expression, or "all-linear"')
 

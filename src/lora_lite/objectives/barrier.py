@@ -86,6 +86,8 @@ class AttentionBarrier(Objective):
             self.refuse("cap", self.cap, "above 0")
         if self.layers == ():
             self.refuse("layers", (), '"causal", at least one name or regular expression, or a function of a call')
+        if isinstance(self.layers, tuple):
+            self.refuse_no_patterns("layers", self.layers)
         if self.soft and self.cap != AttentionBarrier.cap:
             self.refuse("cap", self.cap, "an option of the hard form", "AttentionBarrier(soft=True)")
         if self.soft and self.eps < STEEP:

@@ -50,14 +50,19 @@ def parse(text: str) -> Summand:
 def term(text: str) -> Summand:
     match = TERM.fullmatch(text)
     if match is None:
-        raise LoraLiteError(f"{text!r} is no objective.", expected=f"name:weight,field=value, as in {EXAMPLE!r}.")
+        raise LoraLiteError(f"{text!r} is no objective.", expected="name:weight,field=value.", fix=EXAMPLE)
     name, weight = match["name"], match["weight"]
     if name not in names():
         hints = dict.fromkeys((closest(name, names()), f"Known: {', '.join(names())}."))
         raise LoraLiteError(f"There is no objective {name!r}.", found=" ".join(hints), fix=EXAMPLE)
-    fields = dict(pair(name, field) for field in (match["fields"] or "").split(",")[1:])
+    pairs = [pair(name, field) for field in (match["fields"] or "").split(",")[1:]]
     if weight is not None:
-        fields["weight"] = number(weight)
+        pairs.append(("weight", number(weight)))
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise LoraLiteError(
+            f"{text.strip()!r} gives a field twice.", expected="Each once; what follows the colon is the weight.", fix=EXAMPLE
+        )
     if name not in PRESETS:
         return KINDS[name](**fields)
     preset = parse(PRESETS[name]) if PRESETS[name] else Sum()
