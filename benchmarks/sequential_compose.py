@@ -10,9 +10,9 @@ from torch import nn
 
 import lora_lite as ll
 from benchmarks.sequential_measures import metrics
+from lora_lite.algebra.mixture import linear
+from lora_lite.algebra.snapshot import rebuilt
 from lora_lite.delta import Change, change
-from lora_lite.mixture import linear
-from lora_lite.snapshot import rebuilt
 
 NAMES = "ABC"
 """Of the phases in routes, by their place."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from lora_lite.peft_layout import layouts
+from lora_lite.peft.layout import layouts
 from lora_lite.testing import toy
 from tests.peft_cases import NAMES, TOKENS, distance, in_peft, logits, peft, quietly, qwen, randomise
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import lora_lite as ll
+from lora_lite.algebra.mixture import truncated
 from lora_lite.delta import Change
-from lora_lite.mixture import truncated
 from lora_lite.testing import toy
 from lora_lite.testing.checks import demand_same, error, photograph
 from tests.test_messages import refusal

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.groups import fits, gains
-from lora_lite.router import natural
-from lora_lite.routes import absolute
+from lora_lite.algebra.groups import fits, gains
+from lora_lite.algebra.router import natural
+from lora_lite.algebra.routes import absolute
 from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 from tests.test_messages import refusal

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite import peft_export
-from lora_lite.peft_export import Exported
-from lora_lite.peft_import import read_folder
-from lora_lite.peft_layout import layouts
+from lora_lite.peft import export as peft_export
+from lora_lite.peft.export import Exported
+from lora_lite.peft.layout import layouts
+from lora_lite.peft.load import read_folder
 from lora_lite.testing import toy
 from tests import compat_quantised as kinds
 from tests.compat_peft import SQUARE, TOLERANCE, attached, check_export, perturb

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lora_lite as ll
-from lora_lite import peft_layout
 from lora_lite.io import serialized
-from lora_lite.peft_import import AttachedParts, read_folder
+from lora_lite.peft import layout as peft_layout
+from lora_lite.peft.load import AttachedParts, read_folder
 from lora_lite.testing import toy
 from tests.compat_peft import TOLERANCE, check_import
 from tests.peft_cases import NAMES, distance, gpt2, in_peft, logits, peft, quietly, qwen, randomise, saved
@@ -166,8 +166,8 @@ def test_a_series_that_has_converged_is_a_rotation_and_one_that_has_not_is_refus
 
 @pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 7])
 def test_series_is_that_of_peft(terms):
-    from lora_lite.layouts.oft import series
     from lora_lite.linalg import skew
+    from lora_lite.peft.layouts.oft import series
 
     module = peft.tuners.oft.layer.OFTRotationModule(3, 28, 8, 24, num_cayley_neumann_terms=terms)
     q = 0.3 * toy.inputs(3, 28)
@@ -316,6 +316,6 @@ def test_names_in_use_and_other_roots_are_refused(tmp_path):
 
 
 def test_layout_files_are_short_and_called_like_their_variants():
-    files = [p for p in (Path(ll.__file__).parent / "layouts").glob("*.py") if p.name != "__init__.py"]
+    files = [p for p in (Path(ll.__file__).parent / "peft" / "layouts").glob("*.py") if p.name != "__init__.py"]
     assert {p.stem for p in files} == set(peft_layout.layouts()) <= set(ll.names())
     assert all(len(p.read_text().splitlines()) <= 60 for p in files)

@@ -2,24 +2,24 @@
 
 from . import attention, geometry, objectives, registry
 from .adapter import Adapter, Claims
+from .algebra.compose import compose
+from .algebra.groups import thirds
+from .algebra.router import Routing, frontier, route
+from .algebra.routes import format_route, parse_route
+from .algebra.snapshot import Increment, Snapshot, apply, snapshot
+from .algebra.ties import dare, ties
 from .attach import Attached, attach, detach
 from .capture import capture
-from .compose import compose
 from .config import AdapterConfig, RanklessConfig
 from .errors import LoraLiteError, LoraLiteWarning
-from .groups import thirds
 from .io import load, save
 from .merge import delta_bias, delta_weight, merge, unmerge
-from .peft_export import export_peft
-from .peft_import import load_peft
+from .peft.export import export_peft
+from .peft.load import load_peft
 from .registry import config, get, names, register
-from .router import Routing, frontier, route
-from .routes import format_route, parse_route
 from .runtime import Status, disabled, param_groups, repair, scale, status
-from .snapshot import Increment, Snapshot, apply, snapshot
 from .spec import ParamSpec
 from .targets import find_targets
-from .ties import dare, ties
 from .version import __version__
 
 

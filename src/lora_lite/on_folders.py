@@ -14,9 +14,9 @@ from .errors import LoraLiteError, some
 from .io import load as load_file
 from .io import save
 from .merge import merge
-from .peft_export import export_peft, new_folder, refuse_folder
-from .peft_import import applies, load_peft, read_folder
-from .peft_layout import layouts
+from .peft.export import export_peft, new_folder, refuse_folder
+from .peft.layout import layouts
+from .peft.load import applies, load_peft, read_folder
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json", ".gguf", ".h5", ".msgpack")
 """Endings of files that `save_pretrained` writes anew, or that hold weights of another kind."""

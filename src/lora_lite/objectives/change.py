@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import runtime
+from ..algebra.snapshot import Snapshot, rebuilt
 from ..delta import Change, DenseBase, change, float64, run
 from ..errors import LoraLiteError, some
 from ..merge import refuse_unmergeable
-from ..snapshot import Snapshot, rebuilt
 from .base import Objective
 
 if TYPE_CHECKING:

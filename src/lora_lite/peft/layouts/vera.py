@@ -2,7 +2,7 @@
 
 import torch
 
-from ..peft_layout import Key, Layout, Options, Sizes, Stored, kaiming_uniform
+from ..layout import Key, Layout, Options, Sizes, Stored, kaiming_uniform
 
 A, B = "vera_A", "vera_B"
 

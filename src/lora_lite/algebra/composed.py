@@ -5,13 +5,13 @@ formula   y' = y + c (B A x + b),  or y + c (D x + b) where the factors would be
 
 from dataclasses import dataclass
 
-from .adapter import Adapter, Claims
-from .annotations import Any, Float, Tensor
-from .config import AdapterConfig
-from .delta import smaller_as_factors
-from .linalg import lin, low_rank
-from .registry import register
-from .spec import ParamSpec
+from ..adapter import Adapter, Claims
+from ..annotations import Any, Float, Tensor
+from ..config import AdapterConfig
+from ..delta import smaller_as_factors
+from ..linalg import lin, low_rank
+from ..registry import register
+from ..spec import ParamSpec
 
 
 @dataclass(frozen=True, kw_only=True)

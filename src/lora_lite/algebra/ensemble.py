@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from torch import nn
 from torch.func import functional_call
 
-from . import registry
-from .adapter import Adapter, Claims
-from .annotations import Any, Float, Tensor
-from .config import RanklessConfig
-from .spec import ParamSpec
+from .. import registry
+from ..adapter import Adapter, Claims
+from ..annotations import Any, Float, Tensor
+from ..config import RanklessConfig
+from ..spec import ParamSpec
 
 
 @dataclass(frozen=True, kw_only=True)

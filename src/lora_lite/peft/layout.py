@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import LoraLiteError
+from ..errors import LoraLiteError
 
 Options = Mapping[str, Any]
 """The content of adapter_config.json."""

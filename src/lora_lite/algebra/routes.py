@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import NoReturn
 
-from .errors import LoraLiteError, closest, some
+from ..errors import LoraLiteError, closest, some
 
 TERM = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)?\s*\*?\s*([A-Za-z_][A-Za-z0-9_]*)")
 MOST = 1.5

@@ -1,6 +1,6 @@
 """export_peft: adapters as a folder that PEFT, and for plain LoRA vLLM and llama.cpp too, load.
 
-A method that PEFT has is written in PEFT's own form (see peft_layout.py). Everything else is written as plain LoRA, from the
+A method that PEFT has is written in PEFT's own form (see layout.py). Everything else is written as plain LoRA, from the
 adapted layer's own matrix: W' - W = B A with scale 1, exact where the variant's rank has a bound.
 """
 
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import runtime
-from .adapter import Adapter
-from .errors import LoraLiteError, some
-from .io import serialized, write_atomically
-from .linalg import is_finite
-from .merge import effective, refuse_unmergeable
-from .peft_layout import Layout, exactly, layouts
-from .targets import is_conv1d, unwrapped
+from .. import runtime
+from ..adapter import Adapter
+from ..errors import LoraLiteError, some
+from ..io import serialized, write_atomically
+from ..linalg import is_finite
+from ..merge import effective, refuse_unmergeable
+from ..targets import is_conv1d, unwrapped
+from .layout import Layout, exactly, layouts
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model."
 EXACT = 1e-6  # relative error of an export that counts as exact: rounding to float32 and no more

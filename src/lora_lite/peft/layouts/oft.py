@@ -2,9 +2,9 @@
 
 import torch
 
-from ..errors import LoraLiteError
-from ..linalg import cayley_shift, skew
-from ..peft_layout import Key, Layout, Options, Sizes, Stored, block_size, repeated
+from ...errors import LoraLiteError
+from ...linalg import cayley_shift, skew
+from ..layout import Key, Layout, Options, Sizes, Stored, block_size, repeated
 
 WEIGHT = "oft_R.weight"
 

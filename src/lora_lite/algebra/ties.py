@@ -9,12 +9,12 @@ mergekit, not over all layers together.
 import torch
 from torch import Tensor
 
+from ..delta import Change
+from ..errors import LoraLiteError
+from ..spec import seeded
 from .compose import Weights, resolved
-from .delta import Change
-from .errors import LoraLiteError
 from .mixture import mixed
 from .snapshot import Snapshot
-from .spec import seeded
 
 
 @torch.inference_mode(False)  # what it makes outlives the caller's inference mode

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import runtime, shared
-from .adapter import Adapter, Lineage
-from .attach import Attached, build_all, handle, install, refuse_name, refuse_unready
-from .config import AdapterConfig
-from .errors import LoraLiteError, some
-from .io import changes_of_base, fingerprint, layers_of, restore
-from .sharded import whole
-from .targets import Layer, unwrapped
+from .. import runtime, shared
+from ..adapter import Adapter, Lineage
+from ..attach import Attached, build_all, handle, install, refuse_name, refuse_unready
+from ..config import AdapterConfig
+from ..errors import LoraLiteError, some
+from ..io import changes_of_base, fingerprint, layers_of, restore
+from ..sharded import whole
+from ..targets import Layer, unwrapped
 
 
 @dataclass(frozen=True, eq=False)

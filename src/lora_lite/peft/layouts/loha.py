@@ -1,6 +1,6 @@
 """PEFT's type LOHA: the same four factors."""
 
-from ..peft_layout import Key, Layout
+from ..layout import Key, Layout
 
 LAYOUT = Layout(
     peft_type="LOHA",

@@ -1,6 +1,6 @@
 """PEFT's type DELORA: without a frozen copy of the start; the norms of the weight's columns are stored."""
 
-from ..peft_layout import Key, Layout
+from ..layout import Key, Layout
 
 LAYOUT = Layout(
     peft_type="DELORA",

@@ -1,6 +1,6 @@
 """PEFT's type LORA. Starts that rewrite the base weight leave a folder that only means something beside that weight."""
 
-from ..peft_layout import Key, Layout
+from ..layout import Key, Layout
 
 STARTS = (True, *"gaussian orthogonal eva".split())
 

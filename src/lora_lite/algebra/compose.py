@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from .adapter import Adapter, Lineage
+from ..adapter import Adapter, Lineage
+from ..errors import LoraLiteError, some
 from .ensemble import Ensemble, EnsembleConfig
-from .errors import LoraLiteError, some
 from .groups import gains
 from .mixture import Members, linear, mixed, widest
 from .routes import absolute, parse_route

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .adapter import Lineage
+from ..adapter import Lineage
+from ..delta import Change, change, smaller_as_factors
+from ..spectrum import left_svd
+from ..targets import Layer, sizes
 from .composed import Composed, ComposedConfig
-from .delta import Change, change, smaller_as_factors
 from .snapshot import Snapshot, rebuilt
-from .spectrum import left_svd
-from .targets import Layer, sizes
 
 Members = dict[Snapshot, dict[str, float]]
 """{snapshot: {path: weight}}, increments resolved into the snapshots at their ends."""

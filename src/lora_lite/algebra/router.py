@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from . import runtime
-from .errors import LoraLiteError
+from .. import runtime
+from ..errors import LoraLiteError
 
 Kind = Literal["layer", "module", "adapter"]
 

@@ -1,6 +1,6 @@
 """PEFT's type LOKR: the same matrices, whole or factored by the same rule."""
 
-from ..peft_layout import Key, Layout
+from ..layout import Key, Layout
 
 LAYOUT = Layout(
     peft_type="LOKR",

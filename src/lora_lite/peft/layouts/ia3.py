@@ -2,7 +2,7 @@
 
 import re
 
-from ..peft_layout import Key, Layout, Options
+from ..layout import Key, Layout, Options
 
 
 def feedforward(options: Options, path: str) -> bool:

@@ -1,6 +1,6 @@
 """PEFT's type HRA without Gram-Schmidt: the same vectors as columns."""
 
-from ..peft_layout import Key, Layout
+from ..layout import Key, Layout
 
 LAYOUT = Layout(
     peft_type="HRA",

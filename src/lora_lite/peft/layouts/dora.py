@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..peft_layout import Key
+from ..layout import Key
 from .lora import LAYOUT as PLAIN
 
 LAYOUT = replace(PLAIN, tensors={**PLAIN.tensors, "m": Key("lora_magnitude_vector")}, when={"use_dora": True})

@@ -12,15 +12,15 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from . import registry, runtime, shared
-from .adapter import Adapter
-from .attach import Attached, build_all, handle, install, refuse_name, refuse_unready
-from .config import AdapterConfig
-from .errors import LoraLiteError, LoraLiteWarning, closest, some
-from .linalg import is_finite
-from .peft_export import CONFIG, PREFIX, TENSORS
-from .peft_layout import INERT, Key, Layout, Options, Stored, layouts, pattern_value, targeted
-from .targets import Layer, dense_weight, find_targets, linears, sizes, unwrapped
+from .. import registry, runtime, shared
+from ..adapter import Adapter
+from ..attach import Attached, build_all, handle, install, refuse_name, refuse_unready
+from ..config import AdapterConfig
+from ..errors import LoraLiteError, LoraLiteWarning, closest, some
+from ..linalg import is_finite
+from ..targets import Layer, dense_weight, find_targets, linears, sizes, unwrapped
+from .export import CONFIG, PREFIX, TENSORS
+from .layout import INERT, Key, Layout, Options, Stored, layouts, pattern_value, targeted
 
 ABOUT = (
     "auto_mapping base_model_name_or_path fan_in_fan_out inference_mode layers_pattern layers_to_transform exclude_modules "

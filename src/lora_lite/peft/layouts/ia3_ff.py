@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..peft_layout import Key
+from ..layout import Key
 from .ia3 import LAYOUT as OUTPUTS
 from .ia3 import feedforward
 

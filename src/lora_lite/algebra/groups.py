@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from .errors import LoraLiteError, some
+from ..errors import LoraLiteError, some
 
 
 def fits(pattern: str, path: str) -> bool:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..peft_layout import Key, Layout
+from ..layout import Key, Layout
 
 LAYOUT = Layout(
     peft_type="ROAD",

@@ -1,1 +1,0 @@
-"""PEFT's layouts of the methods it has too, one file each, called like the variant; see peft_layout.Layout."""
