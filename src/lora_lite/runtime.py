@@ -202,8 +202,8 @@ def scale(model: nn.Module, coeff: float | Tensor | Mapping[str, float], *, name
 
     coeff  a number, or a tensor aligned with the leading axes of the activations: (batch,) one value per sample,
            (batch, time) one per token. It is copied, unless it requires a gradient. Or {"layers.0-7": 0.25, "o_proj": 0.5}:
-           gains g by module pattern (see algebra/groups.py), 1 where none matches; each layer runs at c g, c being the coefficient
-           last set for all layers
+           gains g by module pattern (see algebra/groups.py), 1 where none matches; each layer runs at c g, c being the
+           coefficient last set for all layers
     `with ll.scale(model, 0.5): ...` puts the old coefficients back on leaving. Under gradient checkpointing call backward
     inside the block: the recomputation runs with the coefficient of its own time.
     Raises LoraLiteError for a coefficient that is neither, or not finite, for a merged adapter and for a model without one.
