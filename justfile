@@ -53,7 +53,7 @@ bench-sequential *words: setup
 
 # make the committed records of bench-sequential anew (under an hour on one core): just sequential-records conflict
 sequential-records *names: setup
-    @{{ python }} -m benchmarks.sequential_records {{ names }}
+    @{{ python }} -m benchmarks.sequential.records {{ names }}
 
 # run every variant through merge, export, quantised bases, compile and two processes: the record of docs/compatibility.md
 compatibility *options: setup
@@ -78,11 +78,11 @@ sweep *names: setup
 
 # pretrain the small forecasting model again (seconds)
 pretrain-forecaster: setup
-    @{{ python }} -m benchmarks.forecast_base
+    @{{ python }} -m benchmarks.forecast.base
 
 # pretrain the small model of bench-sequential again (half a minute)
 pretrain-tier: setup
-    @{{ python }} -m benchmarks.sequential_model
+    @{{ python }} -m benchmarks.sequential.model
 
 # pretrain the embedded base again (about 35 minutes on two cores)
 pretrain-base: setup

@@ -13,9 +13,11 @@ from typing import Any
 
 import lora_lite as ll
 import lora_lite.variants
-from benchmarks import compatibility_report, cost_report, forecast_report, sequential_claims, sequential_page
+from benchmarks import compatibility_report, cost_report
+from benchmarks.forecast import report as forecast_report
 from benchmarks.report import final
 from benchmarks.run import BASE
+from benchmarks.sequential import claims, page
 from benchmarks.steering_report import summary
 from lora_lite.registry import card
 
@@ -127,7 +129,7 @@ def pages() -> dict[Path, str]:
     for name, report in REPORTS.items():
         if found := record(name):
             made[ROOT / "docs" / f"{name}.md"] = report.page(found)
-    made[ROOT / "docs" / "sequential.md"] = sequential_page.page(sequential_claims.committed())
+    made[ROOT / "docs" / "sequential.md"] = page.page(claims.committed())
     return made
 
 

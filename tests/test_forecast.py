@@ -21,14 +21,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("statsmodels")
 
-from benchmarks import forecast
-from benchmarks.forecast import ARMS, TARGETS, Forecasting
-from benchmarks.forecast_base import BASE, load_forecaster, pretrained
-from benchmarks.forecast_data import CONTEXT, DISTURBANCES, POINTS, REAL, TASKS, real, sawtooths, sinusoids, task
-from benchmarks.forecast_report import SHOWN, at, changes, mean, page
+from benchmarks.forecast import bench as forecast
+from benchmarks.forecast.base import BASE, load_forecaster, pretrained
+from benchmarks.forecast.bench import ARMS, TARGETS, Forecasting
+from benchmarks.forecast.data import CONTEXT, DISTURBANCES, POINTS, REAL, TASKS, real, sawtooths, sinusoids, task
+from benchmarks.forecast.report import SHOWN, at, changes, mean, page
+from benchmarks.forecast.toto_like import Forecast, TotoLike, forecasting_loss, toto_schedule
 from benchmarks.run import fitting
 from benchmarks.table import RESULTS
-from benchmarks.toto_like import Forecast, TotoLike, forecasting_loss, toto_schedule
 
 ROOT = Path(__file__).parent.parent
 TINY = ["tasks=sawtooth,macrodata", "seeds=0,1", "steps=2", "calibration=2", "windows=6"]
@@ -86,7 +86,7 @@ def test_a_forecast_sees_no_later_patch_and_every_variate():
 
 def test_scores_depend_on_the_distance_of_patches_alone():
     """Rotary embedding: shifting q and k together changes nothing."""
-    from benchmarks.toto_like import rotary
+    from benchmarks.forecast.toto_like import rotary
 
     q, k = toy.inputs(1, 5, 8, dtype=torch.float64), toy.inputs(1, 5, 8, dtype=torch.float64, seed=2)
     shift = torch.zeros(1, 3, 8, dtype=torch.float64)
@@ -171,7 +171,7 @@ def test_held_out_points_are_later_than_any_training_point(name, monkeypatch):
     shape = REAL[name]().shape
     assert np.isfinite(REAL[name]()).all()
     monkeypatch.setitem(REAL, name, lambda: np.broadcast_to(np.arange(shape[1], dtype=float), shape))
-    monkeypatch.setattr("benchmarks.forecast_data.standardised", lambda x, by: x)
+    monkeypatch.setattr("benchmarks.forecast.data.standardised", lambda x, by: x)
     of = real(name)
     drawn = of.draw(torch.Generator().manual_seed(0), 500)
     scored = of.held_out[of.mask]

@@ -9,9 +9,9 @@ from tests.guide import blocks
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from benchmarks.forecast_base import load_forecaster
-from benchmarks.forecast_data import sawtooths
-from benchmarks.toto_like import forecasting_loss
+from benchmarks.forecast.base import load_forecaster
+from benchmarks.forecast.data import sawtooths
+from benchmarks.forecast.toto_like import forecasting_loss
 
 
 def test_the_blocks_of_the_page_run_in_order(tmp_path, monkeypatch, capsys):

@@ -15,15 +15,16 @@ import lora_lite as ll
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from benchmarks import sequential, sequential_run
-from benchmarks.sequential import parsed
-from benchmarks.sequential_compose import cosines, frontier
-from benchmarks.sequential_data import Words, batch
-from benchmarks.sequential_measures import crossed, metrics, prepared, scores
-from benchmarks.sequential_model import tier
-from benchmarks.sequential_run import Plan, sequence
-from benchmarks.sequential_summary import finished, good, lasting, verdict
-from benchmarks.sequential_tasks import LINES, Example, lines, order
+from benchmarks.sequential import bench as sequential
+from benchmarks.sequential import run as sequential_run
+from benchmarks.sequential.bench import parsed
+from benchmarks.sequential.compose import cosines, frontier
+from benchmarks.sequential.data import Words, batch
+from benchmarks.sequential.measures import crossed, metrics, prepared, scores
+from benchmarks.sequential.model import tier
+from benchmarks.sequential.run import Plan, sequence
+from benchmarks.sequential.summary import finished, good, lasting, verdict
+from benchmarks.sequential.tasks import LINES, Example, lines, order
 from lora_lite.registry import borrowed
 
 ABC = ("A", "B_related", "C_conflict")

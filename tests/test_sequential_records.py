@@ -8,11 +8,11 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from benchmarks.sequential_claims import claims, committed, span
-from benchmarks.sequential_page import page
-from benchmarks.sequential_records import RECORDS
-from benchmarks.sequential_summary import finished
-from benchmarks.sequential_tasks import digest
+from benchmarks.sequential.claims import claims, committed, span
+from benchmarks.sequential.page import page
+from benchmarks.sequential.records import RECORDS
+from benchmarks.sequential.summary import finished
+from benchmarks.sequential.tasks import digest
 
 ROOT = Path(__file__).parent.parent
 FOUND = committed()

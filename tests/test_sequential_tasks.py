@@ -10,11 +10,12 @@ import lora_lite as ll
 
 pytest.importorskip("transformers")
 
-from benchmarks import sequential_model, sequential_tasks
 from benchmarks.run import Settings, load_base
-from benchmarks.sequential_data import Pieces, Words, batch, marked, vocabulary
-from benchmarks.sequential_model import TIER, formal_line, tier
-from benchmarks.sequential_tasks import ENTITIES, LINES, WORDS, Example, Split, digest, lines, order
+from benchmarks.sequential import model as sequential_model
+from benchmarks.sequential import tasks as sequential_tasks
+from benchmarks.sequential.data import Pieces, Words, batch, marked, vocabulary
+from benchmarks.sequential.model import TIER, formal_line, tier
+from benchmarks.sequential.tasks import ENTITIES, LINES, WORDS, Example, Split, digest, lines, order
 
 DIGESTS = {
     "A": "2d06cf1c204dfddd",
@@ -148,7 +149,7 @@ def test_small_model_is_causal_and_padding_on_the_right_changes_nothing():
 
 def test_small_model_knows_the_format_and_no_fact():
     """Every value is as likely as any other of its kind; the rest of an answer follows."""
-    from benchmarks.sequential_measures import prepared, scores
+    from benchmarks.sequential.measures import prepared, scores
 
     model = tier()
     for task in ("A", "C_conflict"):

@@ -7,8 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sequential_measures import MEASURES
-from benchmarks.sequential_summary import GOOD, good
+from benchmarks.sequential.measures import MEASURES
+from benchmarks.sequential.summary import GOOD, good
 
 Runs = list[dict[str, Any]]
 

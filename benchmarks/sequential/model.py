@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import sequential_tasks as tasks
-from benchmarks.sequential_data import Words, batch
+from benchmarks.sequential import tasks
+from benchmarks.sequential.data import Words, batch
 
-TIER = Path(__file__).parent / "tier"
+TIER = Path(__file__).parents[1] / "tier"
 RECIPE: dict[str, Any] = dict(steps=800, batch=32, lr=3e-3, warmup=50, seed=0, held_out_lines=512)
 WIDTH, HEADS, BLOCKS, INNER, POSITIONS = 48, 4, 2, 192, 96
 

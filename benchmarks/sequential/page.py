@@ -3,10 +3,10 @@
 import textwrap
 from typing import Any
 
-from benchmarks.sequential_claims import OBJECTIVES, Claim, Records, claims, ends, gains, mean, span
-from benchmarks.sequential_measures import MEASURES
-from benchmarks.sequential_summary import good
-from benchmarks.sequential_tasks import ENTITIES, LINES, digest
+from benchmarks.sequential.claims import OBJECTIVES, Claim, Records, claims, ends, gains, mean, span
+from benchmarks.sequential.measures import MEASURES
+from benchmarks.sequential.summary import good
+from benchmarks.sequential.tasks import ENTITIES, LINES, digest
 from benchmarks.statistics import CLAIM, LEAST
 
 TASKS = {

@@ -11,10 +11,10 @@ from torch import nn
 
 import lora_lite as ll
 from benchmarks.run import best_rate, fitting
-from benchmarks.sequential_compose import cosines, oracle, routed
-from benchmarks.sequential_data import Tokens, batch
-from benchmarks.sequential_measures import MEASURES, Scored, crossed, metrics, prepared, scores
-from benchmarks.sequential_tasks import ENTITIES, LINES, Split, order
+from benchmarks.sequential.compose import cosines, oracle, routed
+from benchmarks.sequential.data import Tokens, batch
+from benchmarks.sequential.measures import MEASURES, Scored, crossed, metrics, prepared, scores
+from benchmarks.sequential.tasks import ENTITIES, LINES, Split, order
 from lora_lite.objectives.base import Summand
 from lora_lite.registry import variant_of
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.sequential_data import Tokens, batch, marked
-from benchmarks.sequential_tasks import Example
+from benchmarks.sequential.data import Tokens, batch, marked
+from benchmarks.sequential.tasks import Example
 
 MEASURES = {"line": "lower", "answer": "lower", "lead": "lower", "acc": "higher"}
 CHUNK = 32  # lines at once

@@ -15,7 +15,6 @@ benchmarks/runs).
 import dataclasses
 import itertools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,12 +28,12 @@ from torch import nn
 
 import lora_lite as ll
 from benchmarks.bench_variant import RUNS
-from benchmarks.forecast_base import load_forecaster
-from benchmarks.forecast_data import CONTEXT, DISTURBANCES, TASKS, Task, task
-from benchmarks.forecast_report import plot, table
+from benchmarks.forecast.base import load_forecaster
+from benchmarks.forecast.data import CONTEXT, DISTURBANCES, TASKS, Task, task
+from benchmarks.forecast.report import plot, table
+from benchmarks.forecast.toto_like import forecasting_loss, patches, toto_adamw
 from benchmarks.options import Options, command
 from benchmarks.run import environment, fitting, write_json
-from benchmarks.toto_like import forecasting_loss, patches, toto_adamw
 from lora_lite.errors import closest
 from lora_lite.io import write_atomically
 from lora_lite.objectives import AttentionBarrier
@@ -234,7 +233,3 @@ def forecast(words: list[str], console: Console) -> dict[str, Any]:
 
 def main(words: list[str]) -> None:
     command(words, __doc__, forecast, "nothing was written")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lora_lite as ll
-from benchmarks.sequential_tasks import LINES, Example, lines
+from benchmarks.sequential.tasks import LINES, Example, lines
 
 WORD = re.compile(r"[A-Za-z]+|[0-9]|\S")
 

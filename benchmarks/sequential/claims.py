@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FOLDER = Path(__file__).parent / "results" / "sequential"
+FOLDER = Path(__file__).parents[1] / "results" / "sequential"
 Records = dict[str, dict[str, Any]]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from benchmarks.sequential_measures import metrics
+from benchmarks.sequential.measures import metrics
 from lora_lite.algebra.mixture import linear
 from lora_lite.algebra.snapshot import rebuilt
 from lora_lite.delta import Change, change

@@ -16,7 +16,6 @@ joint=yes also trains on all tasks at once; out=FOLDER (default benchmarks/runs)
 import dataclasses
 import os
 import re
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +30,12 @@ import lora_lite as ll
 from benchmarks.bench_variant import RUNS
 from benchmarks.options import Options, command, value_of
 from benchmarks.run import BASE, Settings, environment, load_base, write_json
-from benchmarks.sequential_data import Pieces, Tokens, Words
-from benchmarks.sequential_model import tier
-from benchmarks.sequential_report import plot, show
-from benchmarks.sequential_run import Plan, sequence
-from benchmarks.sequential_summary import finished
-from benchmarks.sequential_tasks import ENTITIES, LINES, digest
+from benchmarks.sequential.data import Pieces, Tokens, Words
+from benchmarks.sequential.model import tier
+from benchmarks.sequential.report import plot, show
+from benchmarks.sequential.run import Plan, sequence
+from benchmarks.sequential.summary import finished
+from benchmarks.sequential.tasks import ENTITIES, LINES, digest
 from lora_lite.config import AdapterConfig
 from lora_lite.errors import closest
 from lora_lite.io import write_atomically
@@ -200,7 +199,3 @@ def bench(words: list[str], console: Console) -> dict[str, Any]:
 
 def main(words: list[str]) -> None:
     command(words, __doc__, bench, "no record was written")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

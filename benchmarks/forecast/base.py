@@ -1,4 +1,4 @@
-"""python -m benchmarks.forecast_base: pre-train the small forecasting model on sums of two sinusoids (seconds) and store it.
+"""python -m benchmarks.forecast.base: pre-train the small forecasting model on sums of two sinusoids (seconds) and store it.
 
 600 steps of 16 x 3 series, AdamW at 2e-3 with linear warm-up over a tenth and linear decay to 0.
 """
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from benchmarks.forecast_data import sinusoids
+from benchmarks.forecast.data import sinusoids
+from benchmarks.forecast.toto_like import TotoLike, forecasting_loss
 from benchmarks.run import environment, write_json
-from benchmarks.toto_like import TotoLike, forecasting_loss
 from lora_lite.io import write_atomically
 
-BASE = Path(__file__).parent / "forecast_base"
+BASE = Path(__file__).parents[1] / "forecast_base"
 STEPS, BATCH, LR, SEED = 600, 16, 2e-3, 0
 
 
