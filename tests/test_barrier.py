@@ -361,6 +361,8 @@ def test_calibration_says_what_it_cannot_use():
     barrier = AttentionBarrier(alpha="auto")
     with pytest.raises(ll.LoraLiteError, match="no batches"):
         barrier.calibrate(stack(), [])
+    with pytest.raises(ll.LoraLiteError, match="batches is a Tensor"):
+        barrier.calibrate(stack(), toy.inputs(2, 5, 8))
     with pytest.raises(ll.LoraLiteError, match="95% quantile of the trace is 0 "):
         barrier.calibrate(stack(), [toy.inputs(2, 1, 8)])
     AttentionBarrier(alpha=0.1).calibrate(stack(), iter(()))  # a number is settled already
@@ -387,6 +389,17 @@ def test_charging_the_adapter_penalises_what_it_adds_to_the_trace_of_the_base():
     ll.detach(model)
     with pytest.raises(ll.LoraLiteError, match="The model has no adapter"), torch.no_grad():
         losses(barrier, model, x)
+
+
+def test_charging_the_adapter_inside_the_block_records_no_pass_of_the_base():
+    model, x = adapted(), toy.inputs(3, 5, 8)
+    objective = AttentionBarrier(alpha=0.1, charge="adapter")
+    with ll.capture(model, objective, accumulate=True) as seen:
+        model(x)
+        inside = objective(seen)
+        model(x)
+    assert [len(forward.calls) for forward in seen.forwards] == [2, 2]
+    assert torch.equal(objective(seen), inside)
 
 
 def test_the_pass_of_the_base_runs_under_the_autocast_of_the_forward():

@@ -90,6 +90,7 @@ class Recorder:
         self.parameters = parameters(root)
         self.of_decoder = DECODER_MASK in self.parameters
         self.running: Forward | None = None
+        self.resting = False
         self.before = 0
         self.handles: Handles = [
             root.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
@@ -108,6 +109,8 @@ class Recorder:
             handle.remove()
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.resting:
+            return
         if self.seen.forwards and not self.accumulate:
             raise LoraLiteError(
                 "A second forward pass inside one capture block.",
@@ -118,9 +121,16 @@ class Recorder:
         if mask is None:
             batch = {**dict(zip(self.parameters, args)), **kwargs}
             mask = batch.get(DECODER_MASK if self.of_decoder else "attention_mask")
-        again = functools.partial(base_calls, module, args, kwargs, ambient(self.seen.device.type))
+        again = functools.partial(self.base_calls, module, args, kwargs, ambient(self.seen.device.type))
         self.running = Forward(mask, torch.is_grad_enabled(), of_decoder=self.of_decoder, base_calls=again)
         self.before = len(self.calls)
+
+    def base_calls(self, *call: Any) -> list[Call]:
+        self.resting = True
+        try:
+            return base_calls(*call)
+        finally:
+            self.resting = False
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.running is not None:
@@ -231,5 +241,7 @@ def place(layer: int | str, modules: dict[str, nn.Module], blocks: dict[int, lis
             fix=f"layers=({(paths or list(modules)[-1:])[0]!r},)  # the path of a module",
         )
     if layer not in modules:
-        raise LoraLiteError(f"layers: there is no module {layer!r}.", found=closest(layer, list(modules)), fix="layers=(0, 1)")
+        raise LoraLiteError(
+            f"layers: there is no module {layer!r}.", found=closest(layer, filter(None, modules)), fix="layers=(0, 1)"
+        )
     return layer

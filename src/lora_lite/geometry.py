@@ -4,7 +4,7 @@ X (n, D) are hidden rows of valid tokens, centred where the name says nothing el
 Transformers (which calls sigma_ratio isotropy) and the effective rank of Roy and Vetterli 2007.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from . import runtime
 from .capture import capture
 from .delta import Change, change
 from .errors import LoraLiteError
-from .measure import call, evaluating, on_device
+from .measure import call, evaluating, on_device, refuse_one_batch
 from .merge import refuse_unmergeable
 from .objectives import Gossip, formulas
 from .objectives.heads import similarities
@@ -130,8 +130,7 @@ def measure(
 
     The hidden rows of all batches are held at once, n x D numbers. Raises LoraLiteError as `capture` does, and without batches.
     """
-    if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
-        raise LoraLiteError(f"batches is a {type(batches).__name__}.", expected="An iterable of batches.", fix="[batch]")
+    refuse_one_batch(batches)
     needs = {"hidden", "mask", *(("attention",) if attention else ())}
     passes: dict[bool, Pool] = {masked: Pool() for masked in ((True, False) if unmasked else (True,))}
     with evaluating(model):

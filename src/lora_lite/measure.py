@@ -310,6 +310,12 @@ def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def refuse_one_batch(batches: Any) -> None:
+    """Raise LoraLiteError for what is no iterable of batches, above all for one batch itself."""
+    if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
+        raise LoraLiteError(f"batches is a {type(batches).__name__}.", expected="An iterable of batches.", fix="[batch]")
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """float32 products without autocast and TF32, whose 8 and 10 bits would be the accuracy of the sums."""

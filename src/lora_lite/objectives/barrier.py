@@ -121,8 +121,9 @@ class AttentionBarrier(Objective):
         if self.alpha != "auto":
             return
         from ..capture import capture  # imports this package
-        from ..measure import call, evaluating, on_device
+        from ..measure import call, evaluating, on_device, refuse_one_batch
 
+        refuse_one_batch(batches)
         traces = []
         with evaluating(model), runtime.disabled(model):
             for batch in batches:
