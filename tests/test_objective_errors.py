@@ -236,3 +236,8 @@ def test_delta_objectives_without_a_weight_change():
     with torch.no_grad():
         next(iter(other.layers.values())).B.fill_(torch.inf)
     refusal(lambda: O.DeltaNorm()(seen), "'other' holds numbers", "not finite")
+
+
+def test_of_many_modules_some_are_named():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(60)))
+    refusal(lambda: captured(model, O.L1(), layers="zzz"), "no module 'zzz'. Known: 0, 1, 10", "and 20 more")

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+LISTED = 40
+
 
 class LoraLiteError(ValueError):
     """A request that cannot be carried out; the model is as it was before the call."""
@@ -17,12 +19,12 @@ class LoraLiteWarning(UserWarning):
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """'Closest name: x.' for the known word nearest to `word`, case aside, else the list of all of them."""
+    """'Closest name: x.' for the known word nearest to `word`, case aside, else the list of them, cut after LISTED."""
     known = sorted(known)
     lowered = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), lowered, n=3, cutoff=0.6)
     near.sort(key=lambda name: sorted(name) != sorted(word.lower()))  # swapped letters are the likeliest slip
-    return f"Closest name: {lowered[near[0]]}." if near else f"Known: {', '.join(known)}."
+    return f"Closest name: {lowered[near[0]]}." if near else f"Known: {some(known, LISTED)}."
 
 
 def some(names: Iterable[str], most: int = 6) -> str:
