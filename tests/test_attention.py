@@ -207,6 +207,38 @@ def test_forward_and_backward_of_the_trace_make_no_tensor_of_queries_times_keys(
     assert largest(attention.maps, 1024, is_causal=True) >= 1024**2
 
 
+class Squares(TorchDispatchMode):
+    """The floating-point tensors of at least `least` numbers made inside, by where they are stored."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.held = least, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if (
+                isinstance(x, torch.Tensor)
+                and x.is_floating_point()
+                and x.untyped_storage().nbytes() >= self.least * x.itemsize
+            ):
+                self.held[x.untyped_storage().data_ptr()] = x  # held, so that no other gets the place
+        return out
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.bfloat16, torch.float32])
+def test_layers_with_one_mask_share_one_wide_copy_of_it(kind):
+    allowed = torch.ones(1, 1, 256, 256, dtype=torch.bool).tril()
+    allowed[..., :3] = False
+    mask = allowed if kind == torch.bool else torch.zeros(allowed.shape, dtype=kind).masked_fill(~allowed, -torch.inf)
+    calls = [random(T=256, S=256, H=1, Hk=1, E=8, D=8, dtype=torch.float32, mask=mask) for _ in range(3)]
+    with Squares(256 * 256) as made:
+        traces = attention.value_traces(calls)
+        sum(trace.sum() for trace in traces).backward()
+    assert len(made.held) <= (kind != torch.float32)
+    assert all(torch.equal(trace, attention.value_trace(call)) for trace, call in zip(traces, calls))
+
+
 # --- recording --------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ nn.MultiheadAttention and fused kernels of other packages do not call it, and le
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,6 +171,25 @@ def value_trace(call: Call) -> Tensor:
             width = max(q.shape[-1], v.shape[-1])
             first, second = mean(v), mean(squares)
     return (second.squeeze(-1) - first.square().sum(-1)).clamp_min(0)
+
+
+def value_traces(calls: Sequence[Call]) -> list[Tensor]:
+    """`value_trace` of each call. A mask that layers share is widened once for all: attention would make a copy in each call,
+    and keep it for backward.
+    """
+    made: dict[tuple[int, torch.dtype], Tensor | None] = {}
+    keys = [(id(call.mask), torch.promote_types(call.q.dtype, torch.float32)) for call in calls]
+    for key, call in zip(keys, calls):
+        if key not in made:
+            made[key] = None if call.mask is None else additive(call.mask, key[1])
+    return [value_trace(dataclasses.replace(call, mask=made[key])) for key, call in zip(keys, calls)]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as numbers to add to the scores."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def is_causal(call: Call) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import runtime
-from ..attention import Call, causal, value_trace
+from ..attention import Call, causal, value_traces
 from ..errors import LoraLiteError, LoraLiteWarning, some
 from .base import Objective
 from .hidden import refuse_few
@@ -179,7 +179,7 @@ class AttentionBarrier(Objective):
         alpha, traces = self.strength, self.traces(forward)
         if self.charge == "adapter":
             with torch.no_grad():
-                bases = [self.valid(forward, call, value_trace(call)) for call in self.among(forward.base_calls())]
+                bases = self.valid_traces(forward, self.among(forward.base_calls()))
             traces = [(trace - base).clamp_min(0) for trace, base in zip(traces, bases, strict=True)]
         layers = [penalty(trace, alpha, self.eps, self.cap, self.soft).mean() for trace in traces]
         return torch.stack([layer.to(layers[0].device) for layer in layers]).mean()
@@ -193,7 +193,7 @@ class AttentionBarrier(Objective):
                 expected="Non-reentrant checkpointing: the reentrant one runs its layers with gradients off.",
                 fix='model.activation_checkpointing_enable({"use_reentrant": False})',
             )
-        return [self.valid(forward, call, value_trace(call)) for call in calls]
+        return self.valid_traces(forward, calls)
 
     @torch.no_grad()
     def attn_trace(self, seen: "Seen") -> dict[str, float]:
@@ -232,6 +232,9 @@ class AttentionBarrier(Objective):
         return LoraLiteError(
             f"layers: {what}", found=f"There is {some(layers)}.", fix=f"AttentionBarrier(layers=({next(iter(layers))!r},))"
         )
+
+    def valid_traces(self, forward: "Forward", calls: list[Call]) -> list[Tensor]:
+        return [self.valid(forward, call, trace) for call, trace in zip(calls, value_traces(calls))]
 
     def valid(self, forward: "Forward", call: Call, trace: Tensor) -> Tensor:
         """(n, H) of trace (B, H, T): the rows of the valid queries."""
