@@ -1,9 +1,11 @@
 """The committed records of bench-sequential: whole, made by the commands they name, and showing what the page says."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
@@ -11,6 +13,7 @@ pytest.importorskip("typer")
 from benchmarks.sequential.claims import claims, committed, span
 from benchmarks.sequential.page import page
 from benchmarks.sequential.records import RECORDS
+from benchmarks.sequential.report import drawn, show
 from benchmarks.sequential.summary import finished
 from benchmarks.sequential.tasks import digest
 
@@ -31,6 +34,20 @@ def test_record_names_the_command_that_makes_it_and_follows_from_its_runs(name):
     assert {"python", "torch", "lora_lite", "threads"} <= set(record["environment"])
     assert all(digest(task) == found["sha256"] for task, found in record["tasks"].items())
     assert str(ROOT) not in json.dumps(record)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_figure_is_whole_on_a_terminal_of_80_columns(name):
+    text = io.StringIO()
+    show(FOUND[name], Console(file=text, width=80))
+    assert "…" not in text.getvalue()
+
+
+@pytest.mark.parametrize("name", ["conflict", "continual_80", "gossip_5"])
+def test_every_curve_lies_within_its_panel(name):
+    for axes in drawn(FOUND[name]).axes:
+        low, high = axes.get_ylim()
+        assert all(low <= y <= high for line in axes.get_lines() for y in line.get_ydata())
 
 
 @pytest.mark.parametrize("claim", claims(FOUND), ids=lambda claim: claim.text[:60])

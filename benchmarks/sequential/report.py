@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +34,13 @@ def cell_of(runs: Runs, p: int, task: str, measure: str) -> float | None:
 
 def table(title: str, caption: str = "") -> Table:
     return Table(
-        title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
     )
 
 
@@ -77,8 +84,17 @@ def difference(found: dict[str, Any] | None) -> tuple[str, str]:
         return "", ""
     text = f"{found['mean']:+.3f}"
     if found["interval"]:
-        text += f" [{found['interval'][0]:+.3f}, {found['interval'][1]:+.3f}]"
-    return text, f"{number(found['p'], '.2g')}{' *' if found['finding'] else ''}" if found["p"] is not None else ""
+        text += f" [{found['interval'][0]:+.3f},{found['interval'][1]:+.3f}]"
+    if found["p"] is None:
+        return text, ""
+    return text, ("<.001" if found["p"] < 0.001 else f"{found['p']:.3f}") + " *" * found["finding"]
+
+
+def compared(made: Table, peer: dict[str, Any] | None, of: str = "") -> None:
+    """Columns for what `difference` says: the first is the one that a narrow terminal breaks."""
+    if peer:
+        made.add_column(f"{of}less {peer['variant']}", justify="right")
+        made.add_column("p", justify="right", no_wrap=True)
 
 
 def metrics(record: dict[str, Any]) -> Table:
@@ -90,11 +106,10 @@ def metrics(record: dict[str, Any]) -> Table:
         )
     made = table("metrics, each from its measure", caption)
     made.add_column("metric", no_wrap=True)
-    made.add_column("good")
+    made.add_column("good", no_wrap=True)
     for measure in MEASURES:
-        made.add_column(measure, justify="right")
-    for head in (f"answer, less {peer['variant']}", "p") if peer else ():
-        made.add_column(head, justify="right", no_wrap=True)
+        made.add_column(measure, justify="right", no_wrap=True)
+    compared(made, peer, "answer, ")
     for name in runs[0]["metrics"]["line"]:
         cells = [number(mean([run["metrics"][m].get(name) for run in runs]), "+.3f") for m in MEASURES]
         made.add_row(name, good(name), *cells, *(difference(record["paired"].get(f"answer.{name}")) if peer else ()))
@@ -107,10 +122,16 @@ def routes(record: dict[str, Any]) -> Table | None:
     if not runs[0].get("routes"):
         return None
     names = [f"interference_{x}" for x in "ab"] + ["learning_c"] if len(tasks) == 3 else ["forgetting_a", "learning_b"]
-    made = table("routes: sums of the phases' increments", "answer NLL; frontier: ll.frontier, 0 for the sequence itself")
+    chosen = [run["oracle"] for run in runs if run["oracle"]]
+    gains = [f"{number(mean([found['gains'][name] for found in chosen]))} {name}" for name in "ABC"] if chosen else []
+    made = table(
+        "routes: sums of the phases' increments",
+        "answer NLL; frontier: ll.frontier, 0 for the sequence itself"
+        + (f"; by score: {' '.join(gains)}, chosen on half of the held-out lines and shown on the other" if chosen else ""),
+    )
     made.add_column("route", no_wrap=True)
     for head in (*(f"acc {task.partition('_')[0]}" for task in tasks), *names, "frontier"):
-        made.add_column(head.replace("_", " "), justify="right")
+        made.add_column("\n".join(head.rsplit("_", 1)), justify="right", no_wrap=True)
 
     def row(name: str, of: Runs) -> None:
         cells = [mean([part["row"]["tasks"][task]["acc"] for part in of]) for task in tasks]
@@ -120,17 +141,17 @@ def routes(record: dict[str, Any]) -> Table | None:
     row("the sequence", [{"row": r["rows"][-1], "metrics": r["metrics"]["answer"], "frontier": 0.0} for r in runs])
     for k, route in enumerate(runs[0]["routes"]):
         row(route["route"], [run["routes"][k] for run in runs])
-    if runs[0]["oracle"]:
-        gains = " ".join(f"{name} {number(mean([r['oracle']['gains'][name] for r in runs]))}" for name in "ABC")
-        row(f"by score: {gains}", [run["oracle"] for run in runs])
+    if chosen:
+        row("by score", chosen)
     return made
 
 
 def geometry(record: dict[str, Any]) -> Table:
     runs, peer = record["runs"], record["peer"]
     made = table("geometry of held-out lines of the last task", "delta cosines: of the phases' increments, mean over modules")
-    for head in ("figure", "good", "base", "after the last phase", *((f"less {peer['variant']}", "p") if peer else ())):
-        made.add_column(head, justify="left" if head in ("figure", "good") else "right")
+    for head in ("figure", "good", "base", "after the\nlast phase"):
+        made.add_column(head, justify="left" if head in ("figure", "good") else "right", no_wrap=True)
+    compared(made, peer)
     for name in runs[0]["geometry"]["after"]:
         cells = [number(mean([run["geometry"][w].get(name) for run in runs]), ".3f") for w in ("before", "after")]
         made.add_row(name, good(name), *cells, *(difference(record["paired"].get(f"geometry.{name}")) if peer else ()))
@@ -143,7 +164,7 @@ def geometry(record: dict[str, Any]) -> Table:
 def show(record: dict[str, Any], console: Console) -> None:
     for made in (matrix(record), metrics(record), routes(record), geometry(record)):
         if made is not None:
-            console.print(made)
+            console.print(made, "")
     if "joint" in record["runs"][0]:
         tasks = record["tasks"]
         accuracy = ", ".join(f"{t} {number(mean([r['joint']['tasks'][t]['acc'] for r in record['runs']]))}" for t in tasks)
@@ -181,23 +202,16 @@ def panel(axes: Any, groups: list[tuple[str, Runs, str, float]], task: str, meas
             axes.plot((phases, phases + 1), means[phases:], ":", **style)
             axes.plot(phases + 1, means[-1], "o", markerfacecolor="white", **style)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(bottom=-0.05 if measure == "acc" else 0)
 
 
-def plot(record: dict[str, Any]) -> bytes:
+def drawn(record: dict[str, Any]) -> Figure:
     """A column per task, scored before and after every phase: loss above, accuracy below; this variant beside plain lora."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     tasks, settings, peer = list(record["tasks"]), record["settings"], record["peer"]
     objective = "" if settings["objective"] == "none" else f" + {settings['objective']}"
     groups = [(f"plain {peer['variant']}", peer["runs"], "0.65", 4.5)] if peer else []
     groups.append((f"{record['variant']}{objective}", record["runs"], "C0", 2.0))
-    figure, panels = plt.subplots(
-        2, len(tasks), figsize=(1.2 + 3.6 * len(tasks), 6), layout="constrained", sharex=True, sharey="row", squeeze=False
-    )
+    figure = Figure(figsize=(1.2 + 3.6 * len(tasks), 6), layout="constrained")
+    panels = figure.subplots(2, len(tasks), sharex=True, sharey="row", squeeze=False)
     for column, task in enumerate(tasks):
         for line, measure in enumerate(PANELS):
             panels[line][column].axvspan(column + 0.5, column + 1.5, color="C1", alpha=0.12, lw=0)
@@ -208,11 +222,17 @@ def plot(record: dict[str, Any]) -> bytes:
         panels[1][column].annotate(
             "trained here", (column + 1, 0.5), ha="center", va="center", rotation=90, color="C1", fontsize=9, alpha=0.9
         )
+    panels[0][0].set_ylim(bottom=0)  # of a whole row, and once every panel has its curves: a limit ends the scaling
+    panels[1][0].set_ylim(-0.05, 1.05)
     figure.legend(*panels[0][0].get_legend_handles_labels(), frameon=False, fontsize=9, ncols=2, loc="outside upper right")
     seeds = len(record["runs"])
     head = f"{settings['steps']} steps for each, model {settings['model']}, {seeds} seed{'s' * (seeds > 1)}"
     figure.suptitle(f"One adapter, one task after the other: {head}", x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def plot(record: dict[str, Any]) -> bytes:
+    """The drawing as PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, format="png")
-    plt.close(figure)
+    drawn(record).savefig(buffer, dpi=130, format="png")
     return buffer.getvalue()
