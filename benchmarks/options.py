@@ -3,10 +3,13 @@
 import ast
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import transformers
 from rich.console import Console
 
@@ -68,6 +71,28 @@ class Options:
                 )
             given[key] = value if type(known[key].default) is str else value_of(value)
         return cls(**given)
+
+
+def folder(out: str) -> Path:
+    """The folder `out`, made where it is missing. Raises LoraLiteError where nothing can be written to it."""
+    path = Path(out)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(path, os.W_OK | os.X_OK) else "it is read-only"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise ll.LoraLiteError(f"out={out} cannot be written to: {reason}.", expected="A folder.", fix="out=benchmarks/runs")
+    return path
+
+
+def usable(device: str) -> None:
+    """Raises LoraLiteError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ll.LoraLiteError(f"device={device} cannot be used: {reason}", fix="device=cpu") from error
 
 
 def command(words: list[str], usage: str | None, work: Callable[[list[str], Console], object], stopped: str) -> None:

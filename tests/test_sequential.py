@@ -15,6 +15,7 @@ import lora_lite as ll
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+from benchmarks.forecast.bench import forecast
 from benchmarks.sequential import bench as sequential
 from benchmarks.sequential import run as sequential_run
 from benchmarks.sequential.bench import parsed
@@ -24,7 +25,7 @@ from benchmarks.sequential.measures import crossed, metrics, prepared, scores
 from benchmarks.sequential.model import tier
 from benchmarks.sequential.run import Plan, sequence
 from benchmarks.sequential.summary import finished, good, lasting, verdict
-from benchmarks.sequential.tasks import LINES, Example, lines, order
+from benchmarks.sequential.tasks import LINES, Example, contradicts, lines, order
 from lora_lite.registry import borrowed
 
 ABC = ("A", "B_related", "C_conflict")
@@ -342,13 +343,19 @@ def test_a_loss_that_is_not_finite_is_named():
         (["lora", "phases=A,Q"], "tasks of one suite"),
         (["lora", "phases=A"], "Two or three different tasks"),
         (["lora", "phases=A,A"], "Two or three different tasks"),
-        (["lora", "routes=A+0.9D"], "no phase 'D'"),
+        (["lora", "routes=A+0.9D"], "no phase 'D'. Known: A, B, C. Terms"),
         (["lora", "routes=0.5A+B"], "stable phase 'A'"),
         (["lora", "stps=3"], "Closest name: steps"),
         (["lora", "steps=0"], "A value like 40"),
         (["lora", "joint=maybe"], "joint=maybe is unknown"),
         (["lora", "r=0"], "r=0"),
         (["lora", "seeds=a"], "numbers of type int"),
+        (["lora", "seeds=0,0"], "seeds=0,0 Different seeds"),
+        (["lora", "seed=1"], "Closest name: seeds"),
+        (["lora", "lines=1"], "lines=1 2 or more"),
+        (["lora", "coeff=0"], "coeff=0 switches the adapter off"),
+        (["lora", "device=cudda"], "device=cudda cannot be used"),
+        (["lora", "suite=continual", "phases=A,C_conflict"], "tasks of suite=accretion, not of suite=continual"),
     ],
 )
 def test_wrong_words_are_named(words, named):
@@ -367,6 +374,26 @@ def test_defaults_follow_the_suite_and_the_model():
     _, options, fields = parsed(["lora", "model=tier", "suite=continual", "batch=4", "r=2"])
     assert (options.phases, options.steps, options.batch, options.routes[0]) == (("P", "Q"), 80, 4, "A+0.25B")
     assert fields == {"r": 2}
+
+
+def test_the_suite_is_that_of_the_phases():
+    assert parsed(["lora", "phases=P,Q"])[1].suite == "continual"
+    assert parsed(["lora", "phases=C_conflict,A"])[1].suite == "accretion"
+
+
+def test_swept_rates_are_for_the_models_of_the_repository():
+    assert sequential.own_rate("dora", "base") == sequential.own_rate("dora", "tier") == {}
+    assert sequential.own_rate("dora", str(sequential.BASE)) == {}
+    assert sequential.own_rate("dora", "elsewhere") == {"lr": ll.config("dora").lr}
+
+
+@pytest.mark.parametrize("command", [sequential.bench, forecast])
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_trained(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "step", pytest.fail)
+    (tmp_path / "file").touch()
+    words = [f"out={tmp_path / 'file'}"]
+    with pytest.raises(ll.LoraLiteError, match=r"out=.*file cannot be written to: File exists"):
+        command([*(["lora", *TINY] if command is sequential.bench else []), *words], Console(file=io.StringIO()))
 
 
 def test_plain_lora_takes_over_what_every_variant_has_and_no_rate_but_its_own():
@@ -431,6 +458,23 @@ def test_verdict_needs_a_conflict_that_hurts_plain_lora(written_record):
     assert "nothing is claimed below 6 seeds" in found["text"]
     record["tasks"] = {"A": {}, "B_related": {}, "N_neutral": {}}
     assert "no verdict" in verdict(record)["text"]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "against"),
+    [
+        *(
+            ("A", "C_conflict", True),
+            ("C_conflict", "A", True),
+            ("B_related", "C_conflict", True),
+            ("C_conflict", "B_strong", True),
+        ),
+        *(("P", "Q", True), ("Q", "P", True)),
+        *(("A", "B_rehearsal", False), ("A", "N_neutral", False), ("N_neutral", "C_conflict", False)),
+    ],
+)
+def test_a_task_contradicts_the_first_where_it_says_what_its_rival_says(first, last, against):
+    assert contradicts(last, first) == against
 
 
 def test_plain_lora_alone_has_nobody_beside_it(tmp_path):

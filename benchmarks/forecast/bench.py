@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from benchmarks.forecast.base import load_forecaster
 from benchmarks.forecast.data import CONTEXT, DISTURBANCES, TASKS, Task, task
 from benchmarks.forecast.report import plot, table
 from benchmarks.forecast.toto_like import forecasting_loss, patches, toto_adamw
-from benchmarks.options import Options, command
+from benchmarks.options import Options, command, folder
 from benchmarks.run import environment, fitting, write_json
 from lora_lite.errors import closest
 from lora_lite.io import write_atomically
@@ -217,11 +216,10 @@ def experiment(settings: Forecasting, progress: Progress) -> dict[str, Any]:
 def forecast(words: list[str], console: Console) -> dict[str, Any]:
     """Train, show and write. Raises LoraLiteError for wrong options."""
     settings = Forecasting.parse(words, "just forecast tasks=elnino seeds=0,1")
+    out = folder(settings.out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         record = experiment(settings, progress)
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
     picture = plot(record)
     write_json(out / "forecast.json", record)
     write_atomically(out / "forecast.png", picture)

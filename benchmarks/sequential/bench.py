@@ -28,14 +28,14 @@ from torch import nn
 
 import lora_lite as ll
 from benchmarks.bench_variant import RUNS
-from benchmarks.options import Options, command, value_of
+from benchmarks.options import Options, command, folder, usable, value_of
 from benchmarks.run import BASE, Settings, environment, load_base, write_json
 from benchmarks.sequential.data import Pieces, Tokens, Words
 from benchmarks.sequential.model import tier
 from benchmarks.sequential.report import plot, show
 from benchmarks.sequential.run import Plan, sequence
 from benchmarks.sequential.summary import finished
-from benchmarks.sequential.tasks import ENTITIES, LINES, digest
+from benchmarks.sequential.tasks import ENTITIES, LEDGERS, LINES, digest
 from lora_lite.config import AdapterConfig
 from lora_lite.errors import closest
 from lora_lite.io import write_atomically
@@ -50,9 +50,10 @@ ROUTES = {3: ("A+0.9B+0.25C", "A+0.9B+0.5C", "A+0.9B+0.75C", "A+B+C"), 2: ("A+0.
 
 @dataclass(frozen=True, kw_only=True)
 class Sequential(Options):
-    """phases and routes: default means those of the suite; lines: held-out lines of each task that are scored, at most."""
+    """suite: default means that of the phases; phases and routes: those of the suite; lines: held-out lines of each task that
+    are scored, at most."""
 
-    suite: str = "accretion"
+    suite: str = "default"
     phases: tuple[str, ...] = ("default",)
     objective: str = "none"
     model: str = "base"
@@ -67,18 +68,39 @@ class Sequential(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.one_of("suite", self.suite, SUITES)
+        if self.suite != "default":
+            self.one_of("suite", self.suite, SUITES)
         self.one_of("joint", self.joint, ("no", "yes"))
         if self.phases == ("default",):
-            object.__setattr__(self, "phases", SUITES[self.suite])
+            object.__setattr__(self, "phases", SUITES.get(self.suite, SUITES["accretion"]))
         for phase in self.phases:
-            self.one_of("phases", phase, LINES)
-        if len({ENTITIES[phase] for phase in self.phases}) > 1 or not 2 <= len(set(self.phases)) == len(self.phases) <= 3:
+            self.one_of("phases", phase, LINES, fix=f"phases={','.join(SUITES['accretion'])}")
+        suites = {"continual" if phase in LEDGERS else "accretion" for phase in self.phases}
+        if len(suites) > 1 or not 2 <= len(set(self.phases)) == len(self.phases) <= 3:
             raise ll.LoraLiteError(
                 f"phases={','.join(self.phases)}",
                 expected="Two or three different tasks of one suite.",
                 fix="phases=A,B_strong,C_conflict",
             )
+        (suite,) = suites
+        if self.suite not in ("default", suite):
+            raise ll.LoraLiteError(
+                f"phases={','.join(self.phases)} are tasks of suite={suite}, not of suite={self.suite}.", fix=f"suite={suite}"
+            )
+        object.__setattr__(self, "suite", suite)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ll.LoraLiteError(
+                f"seeds={','.join(map(str, self.seeds))}",
+                expected="Different seeds: one run counted twice is no second one.",
+                fix="seeds=0,1,2",
+            )
+        if self.lines < 2:
+            raise ll.LoraLiteError(
+                f"lines={self.lines}",
+                expected="2 or more: gains are chosen on one half and shown on the other.",
+                fix="lines=32",
+            )
+        usable(self.device)
         if self.routes == ("default",):
             object.__setattr__(self, "routes", ROUTES[len(self.phases)])
         for route in self.routes:
@@ -86,12 +108,12 @@ class Sequential(Options):
         ll.objectives.parse(self.objective)
 
     @staticmethod
-    def one_of(key: str, value: str, known: Any) -> None:
+    def one_of(key: str, value: str, known: Any, fix: str = "") -> None:
         if value not in known:
             raise ll.LoraLiteError(
                 f"{key}={value} is unknown.",
                 found=closest(value, known),
-                fix=f"{key}={next(iter(known))}",
+                fix=fix or f"{key}={next(iter(known))}",
             )
 
 
@@ -103,12 +125,13 @@ def parsed(words: list[str]) -> tuple[str, Sequential, dict[str, Any]]:
         )
     name, *rest = words
     cls = ll.get(name)
-    known = {f.name for f in dataclasses.fields(cls.Config)}
+    known = {f.name for f in dataclasses.fields(cls.Config)} - {"seed"}  # which `seeds` sets
     fields = {key: value_of(value) for key, equals, value in (word.partition("=") for word in rest) if equals and key in known}
     model = next((word.partition("=")[2] for word in rest if word.startswith("model=")), Sequential.model)
     mine = [word for word in rest if word.partition("=")[0] not in fields]
     options = Sequential.parse([*PRESETS.get(model, ()), *mine], USAGE, also=known)
-    ll.config(name, **fields)  # a wrong field fails before anything is loaded
+    if not ll.config(name, **fields).coeff:  # a wrong field fails before anything is loaded
+        raise ll.LoraLiteError("coeff=0 switches the adapter off.", expected="One that can be trained.", fix="coeff=1")
     return name, options, fields
 
 
@@ -116,6 +139,12 @@ def plain_fields(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Those that plain lora takes over: of lora all; of another method rank, layers and the like, and not its rate."""
     common = {f.name for f in dataclasses.fields(AdapterConfig)} - {"lr", "seed", "coeff"}
     return {key: value for key, value in fields.items() if name == PLAIN or key in common}
+
+
+def own_rate(name: str, model: str) -> dict[str, float]:
+    """Of a model that the sweep does not speak for: the config's rate, which is meant for language models."""
+    swept = model in ("base", "tier") or Path(model).resolve() == BASE.resolve()
+    return {} if swept else {"lr": ll.config(name).lr}
 
 
 def base_of(options: Sequential) -> tuple[nn.Module, Tokens]:
@@ -148,7 +177,9 @@ def experiment(name: str, options: Sequential, fields: dict[str, Any], progress:
     for key, variant, given, its in kinds:
         for seed in options.seeds:
             task = progress.add_task(f"{variant}, seed {seed}", total=its.work())
-            run = sequence(its, variant, given, seed, lambda task=task: progress.advance(task))
+            run = sequence(
+                its, variant, {**own_rate(variant, options.model), **given}, seed, lambda task=task: progress.advance(task)
+            )
             progress.remove_task(task)
             found.setdefault(key, []).append(run)
     record: dict[str, Any] = {
@@ -185,9 +216,8 @@ def measured(words: list[str], console: Console) -> dict[str, Any]:
 def bench(words: list[str], console: Console) -> dict[str, Any]:
     """Measure, show and write. Raises LoraLiteError for wrong options."""
     started = time.perf_counter()
+    out = folder(parsed(words)[1].out)
     record = measured(words, console)
-    out = Path(parsed(words)[1].out)
-    out.mkdir(parents=True, exist_ok=True)
     picture = plot(record)
     write_atomically(out / f"{name_of(record)}.png", picture)
     write_json(out / f"{name_of(record)}.json", record)

@@ -182,8 +182,8 @@ that greedy decoding writes exactly; in metrics of `acc` every difference is tur
 
 A retention over 0 is no number. `delta_cosine_x_y` is the mean over modules of the cosine of what phases x and y added to the
 weight; modules that a phase did not move are left out and counted. A phase starts a new AdamW on the same adapter, at a
-constant rate: the one that the variant's sweep on the embedded base found, unless `lr` is given. Beside every other variant,
-and beside lora with an objective, runs plain lora from the same seeds.
+constant rate: `lr` where it is given, else the one that the variant's sweep on the embedded base found, and on a model of your
+own the config's. Beside every other variant, and beside lora with an objective, runs plain lora from the same seeds.
 
 ## What plain lora does
 

@@ -14,11 +14,10 @@ from benchmarks.run import best_rate, fitting
 from benchmarks.sequential.compose import cosines, oracle, routed
 from benchmarks.sequential.data import Tokens, batch
 from benchmarks.sequential.measures import MEASURES, Scored, crossed, metrics, prepared, scores
-from benchmarks.sequential.tasks import ENTITIES, LINES, Split, order
+from benchmarks.sequential.tasks import ENTITIES, LINES, RIVALS, Split, order
 from lora_lite.objectives.base import Summand
 from lora_lite.registry import variant_of
 
-CONFLICTING = {"A": "C_conflict", "P": "Q"}
 CALIBRATION_BATCHES = 16
 Step = Callable[[], None]
 
@@ -58,7 +57,7 @@ class HeldOut:
 
     @classmethod
     def of(cls, plan: Plan, entities: Sequence[int]) -> "HeldOut":
-        rival = CONFLICTING.get(plan.tasks[0])
+        rival = RIVALS.get(plan.tasks[0])
         pairs = [] if rival is None else [crossed(LINES[plan.tasks[0]](i), LINES[rival](i)) for i in entities]
         tasks = {task: prepared(plan.tokens, plan.texts(task, entities), plan.device) for task in plan.tasks}
         return cls(tasks, prepared(plan.tokens, pairs, plan.device))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from benchmarks.sequential.tasks import contradicts
 from benchmarks.statistics import CLAIM, paired
 
 WEAK = 1.0  # nats that the conflicting task must add to the first value of A's answer, for plain lora
@@ -64,15 +65,15 @@ def rise(record: dict[str, Any]) -> list[float]:
 def verdict(record: dict[str, Any]) -> dict[str, Any]:
     """Whether the tasks were strong enough to tell anything, and what differs from plain lora by the rules of statistics.py."""
     plain = "lora" if record["peer"] is None else record["peer"]["variant"]
-    contradicts = list(record["tasks"])[-1] in ("C_conflict", "Q")
-    harm, seeds = mean(rise(record)), len(record["runs"])
-    found: dict[str, Any] = {"lead_rise": harm, "strong": contradicts and harm >= WEAK, "findings": []}
-    if not contradicts:
+    first, *_, last = record["tasks"]
+    harm, seeds, opposed = mean(rise(record)), len(record["runs"]), contradicts(last, first)
+    rise_of = f"{harm:.2f} nats to the first value of {first}'s answer"
+    found: dict[str, Any] = {"lead_rise": harm, "strong": opposed and harm >= WEAK, "findings": []}
+    if not opposed:
         return found | {"text": "The last task contradicts nothing: no verdict on forgetting."}
     if not found["strong"]:
-        text = f"Too weak, no verdict: the last task adds {harm:.2f} nats to the first value of A's answer, less than {WEAK:g}."
-        return found | {"text": text}
-    text = f"Strong enough: for plain {plain} the last task adds {harm:.2f} nats to the first value of A's answer."
+        return found | {"text": f"Too weak, no verdict: the last task adds {rise_of}, less than {WEAK:g}."}
+    text = f"Strong enough: for plain {plain} the last task adds {rise_of}."
     if not record["paired"]:
         return found | {"text": text}
     if seeds < CLAIM:

@@ -45,7 +45,6 @@ LEDGERS = {
     ),
 }
 CONFLICT = 3  # groups between the facts of A and those of C; no group is mapped to itself
-HELD_OUT = 64
 Row = tuple[str, ...]
 
 
@@ -126,12 +125,20 @@ LINES: dict[str, Callable[[int], str]] = {
     "P": in_ledger("P", 0),
     "Q": in_ledger("Q", 2),
 }
+RIVALS = {**dict.fromkeys(("A", "B_related", "B_strong", "B_rehearsal"), "C_conflict"), "C_conflict": "A", "P": "Q", "Q": "P"}
+"""{task: one that gives the same entities other facts}; N_neutral has none."""
 ENTITIES = {name: 512 if name in LEDGERS else 256 for name in LINES}
 
 
 def lines(task: str) -> list[str]:
     """Every line of a task, in the order of the entities."""
     return [LINES[task](i) for i in range(ENTITIES[task])]
+
+
+def contradicts(task: str, first: str) -> bool:
+    """Whether a task teaches what the rival of the first one says."""
+    rival = RIVALS.get(first)
+    return rival is not None and Example(LINES[task](0)).answer == Example(LINES[rival](0)).answer
 
 
 def digest(task: str) -> str:

@@ -28,7 +28,7 @@ def parse_route(route: str, phases: Sequence[str]) -> dict[str, float]:
             refuse(route, f"the term {term!r} cannot be read" if term.strip() else "a term is empty", phases)
         name, coefficient = read[2], float(read[1] or 1)
         if name not in phases:
-            refuse(route, f"there is no phase {name!r}. {closest(name, phases)}", phases)
+            refuse(route, f"there is no phase {name!r}. {closest(name, phases).rstrip('.')}", phases)
         if name in found:
             refuse(route, f"the phase {name!r} stands twice", phases)
         if coefficient > MOST:
