@@ -3,6 +3,7 @@
 import io
 import textwrap
 from collections.abc import Iterator
+from statistics import fmean as mean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -18,10 +19,6 @@ Run = dict[str, Any]
 def at(record: dict[str, Any], run: Run, name: str) -> float:
     """The loss at the size of a disturbance that tables show."""
     return run["disturbed"][name][record["sizes"][name].index(SHOWN[name])]
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def rows(record: dict[str, Any]) -> Iterator[list[str]]:

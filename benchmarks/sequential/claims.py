@@ -1,9 +1,9 @@
 """What the committed records of bench-sequential show, each as a sentence with its figures and whether it holds on these."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parents[1] / "results" / "sequential"
@@ -37,10 +37,6 @@ def of_metric(record: dict[str, Any], measure: str, name: str) -> list[float]:
 
 def on_route(record: dict[str, Any], route: str, figure: Callable[[dict[str, Any]], float]) -> list[float]:
     return [figure(next(r for r in run["routes"] if r["route"] == route)) for run in record["runs"]]
-
-
-def mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def span(values: list[float], form: str = ".2f") -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from statistics import fmean as mean
 from typing import Any
 
 from benchmarks.sequential.tasks import contradicts
@@ -49,10 +50,6 @@ def figures(run: dict[str, Any]) -> dict[str, float]:
 def column(found: Iterable[Mapping[str, float | None]], name: str) -> list[float]:
     """One figure of every run; NaN where it has none."""
     return [math.nan if (value := figures.get(name)) is None else value for figures in found]
-
-
-def mean(found: list[float]) -> float:
-    return sum(found) / len(found)
 
 
 def rise(record: dict[str, Any]) -> list[float]:
