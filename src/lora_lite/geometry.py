@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import runtime
-from .capture import capture
+from .capturing import capture
 from .delta import Change, change
 from .errors import LoraLiteError
 from .measure import call, evaluating, on_device, refuse_one_batch

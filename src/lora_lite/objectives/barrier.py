@@ -120,7 +120,7 @@ class AttentionBarrier(Objective):
         """
         if self.alpha != "auto":
             return
-        from ..capture import capture  # imports this package
+        from ..capturing import capture  # imports this package
         from ..measure import call, evaluating, on_device, refuse_one_batch
 
         refuse_one_batch(batches)
