@@ -12,12 +12,12 @@ from .calibrate import Request, Stats, Weights, labelled, numbers, parse
 from .measure import Loss, measure
 from .targets import Layer, sizes
 
-SHARE = 10  # sums may take this part of what the model takes
+SHARE = 20  # sums may take this part of what the model takes
 LEAST = 2**29  # bytes that they may take beside any model
 
 
 def collect(model: nn.Module, layers: dict[str, Layer], wanted: Iterable[str], data: Any, loss_fn: Loss | None = None) -> Stats:
-    """`measure`, so that no more than a tenth of the model's bytes (at least 512 MiB, at least one input's layers) is held.
+    """`measure`, so that no more than a twentieth of the model's bytes (at least 512 MiB, at least one input's layers) is held.
 
     Within that, or for data that can be read only once, one pass; else one that sees which layers share an input, and one
     for each group when `group_init` first asks for a layer of it, which forgets the group before. Going through the layers in
