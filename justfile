@@ -51,7 +51,7 @@ bench-objectives *options: setup
 bench-sequential *words: setup
     @{{ python }} -m benchmarks.sequential {{ words }}
 
-# make the committed records of bench-sequential anew (under an hour on one core): just sequential-records conflict
+# make the committed records of bench-sequential anew: just sequential-records conflict
 sequential-records *names: setup
     @{{ python }} -m benchmarks.sequential.records {{ names }}
 

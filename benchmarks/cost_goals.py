@@ -21,10 +21,9 @@ def ratio(row: dict[str, Any], subject: str, measure: str, beside: str = "bare")
 
 def unsteady(row: dict[str, Any], subject: str, measure: str, beside: str) -> bool:
     """Whether the middle half of the rounds spreads over more than a tenth of the median."""
-    found = pairs(row, subject, measure, beside)
-    if len(found) < 2:
+    if not pairs(row, subject, measure, beside):
         return False
-    low, middle, high = statistics.quantiles(found, n=4)
+    low, middle, high = spread(row, subject, measure, beside)
     return high - low > 0.1 * middle
 
 

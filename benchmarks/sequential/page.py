@@ -149,7 +149,7 @@ adapter learns, keeps, gains and forgets, for any variant, objective and causal 
 from the [records](../benchmarks/results/sequential), which `just sequential-records` makes; each has the command that made it.
 
 ```
-just bench-sequential lora                                # the embedded base, three seeds, some minutes on one core
+just bench-sequential lora                                # the embedded base, three seeds
 just bench-sequential lora model=tier objective=gossip:5,tau=.5 seeds=0,1,2,3,4,5
 just bench-sequential dora model=tier phases=A,B_rehearsal,C_conflict routes=A+0.9B+0.25C
 just bench-sequential ia3 suite=continual model=FOLDER    # any causal language model that transformers loads

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from . import runtime
 from .attention import Call, recorded
 from .errors import LoraLiteError, closest, some
+from .measure import ambient
 from .objectives.base import NEEDS, Summand
 from .seen import Forward, Seen, token_mask, version
 from .targets import block_index, is_compiled, plain, unwrapped
@@ -149,11 +150,6 @@ class Recorder:
             self.running.hidden.append(hidden)
             self.running.versions.append(version(hidden))
             self.running.without |= self.running.with_grad and not torch.is_grad_enabled()
-
-
-def ambient(device: str) -> torch.autocast:
-    """The autocast of the moment, to enter again."""
-    return torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
 
 
 @torch.no_grad()

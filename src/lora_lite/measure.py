@@ -316,6 +316,11 @@ def refuse_one_batch(batches: Any) -> None:
         raise LoraLiteError(f"batches is a {type(batches).__name__}.", expected="An iterable of batches.", fix="[batch]")
 
 
+def ambient(device: str) -> torch.autocast:
+    """The autocast of the moment, to enter again."""
+    return torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device))
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """float32 products without autocast and TF32, whose 8 and 10 bits would be the accuracy of the sums."""

@@ -5,11 +5,10 @@ groups of layers take turns. Layers that share an input stay together, since the
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .calibrate import Request, Stats, Weights, labelled, numbers, parse
-from .measure import Loss, measure
+from .measure import Loss, ambient, measure
 from .targets import Layer, sizes
 
 SHARE = 20  # sums may take this part of what the model takes
@@ -33,11 +32,10 @@ def collect(model: nn.Module, layers: dict[str, Layer], wanted: Iterable[str], d
     for path, count in measure(model, layers, ("calls",), data)["calls"].items():
         inputs.setdefault(id(count), []).append(path)  # one tensor for one input
     groups = grouped({tuple(paths): size_of(requests, [sizes(layers[p]) for p in paths]) for paths in inputs.values()}, most)
-    device = next(iter(layers.values())).weight.device.type
-    mixed, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    autocast = ambient(next(iter(layers.values())).weight.device.type)
 
     def run(paths: tuple[str, ...]) -> Stats:
-        with torch.autocast(device, dtype=dtype, enabled=mixed):  # as where the first pass ran
+        with autocast:  # as where the first pass ran
             return measure(model, {path: layers[path] for path in paths}, wanted, data, loss_fn)
 
     turns = Turns(groups, run)
