@@ -6,6 +6,7 @@ import torch
 from lora_lite import spectrum as svd
 from lora_lite.errors import LoraLiteWarning
 from lora_lite.spectrum import (
+    congruent,
     gram,
     leading_eigenpairs,
     left_svd,
@@ -283,6 +284,40 @@ def test_few_directions_of_a_large_matrix_are_those_of_the_svd(spectrum, shape, 
         assert apart(U, wanted[:, :12]) < 1e-4
 
 
+def left_over(U, S, M):
+    """The largest |M M^T u_k - s_k^2 u_k| / s_k^2."""
+    U, q, G = U.double(), S.double().square(), M.double() @ M.double().T
+    return float(((G @ U - U * q).norm(dim=0) / q).max())
+
+
+@pytest.mark.parametrize("shape", [(512, 900), (900, 512), (512, 512)])
+@pytest.mark.parametrize(
+    ("spectrum", "precise"),
+    [("flat", False), ("close", False), ("repeated", False), ("power", True), ("outliers", True), ("deficient", True)],
+)
+def test_few_directions_in_float32_are_as_precise_as_its_svd(spectrum, precise, shape, monkeypatch):
+    """`precise`: values so far apart that float64 is needed, which the float32 attempt must notice itself."""
+    k = torch.arange(1, 513, dtype=torch.float64)
+    values = {
+        "close": torch.where(k <= 12, 2 - k / 24, 1.4 - k / 512),
+        "repeated": torch.where(k <= 40, 1.0, 0.5 / k),
+        "power": k**-0.7,
+        "outliers": torch.cat([torch.tensor([50.0, 20.0]).double(), k[:510] ** -0.3]),
+        "deficient": torch.where(k <= 14, 1 / k, 0.0),
+    }
+    M = flat(*shape) if spectrum == "flat" else matrix(values[spectrum], shape).float()
+    U, S, _ = torch.linalg.svd(M)
+    theirs = left_over(U[:, :12], S[:12], M)
+    dtypes, original = [], svd.gram
+    monkeypatch.setattr(svd, "gram", lambda M, dtype: dtypes.append(dtype) or original(M, dtype))
+    U, S = left_svd(M, 12)
+    assert U.dtype is S.dtype is torch.float32
+    assert (torch.float64 in dtypes) is precise
+    assert left_over(U, S, M) < 2 * max(theirs, 1e-6)
+    check_orthonormal(U, 2e-6)
+    assert 1 - captured(U, M) < 1e-6
+
+
 def test_large_matrix_that_lacks_directions_falls_back_to_all_eigenvectors():
     M = matrix(torch.where(torch.arange(768) < 4, 1.0, 0.0).double(), (768, 800))
     U, S = left_svd(M, 12)
@@ -309,6 +344,14 @@ def test_gram_is_the_product(shape, dtype):
     assert error(G, G.T) < 1e-6
     assert error(G, M.double() @ M.double().T) < (1e-6 if dtype is torch.float32 else 1e-13)
     assert error(gram(M.T, dtype), M.double().T @ M.double()) < (1e-6 if dtype is torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize(("o", "i"), [(1, 3), (130, 90), (90, 300)])
+def test_congruent_is_the_product_and_symmetric(o, i):
+    W, C = flat(o, i, dtype=torch.float64), gram(flat(i, i + 5, dtype=torch.float64), torch.float64)
+    G = congruent(W, C)
+    assert error(G, W @ C @ W.T) < 1e-13
+    assert error(G, G.T) < 1e-13
 
 
 @pytest.mark.parametrize("n", [1, 127, 128, 129, 300])

@@ -25,7 +25,7 @@ def needed(cfg: Any) -> tuple[str, ...]:
 
 
 def basis(cfg: Any, stats: Stats, path: str, W: Float[Tensor, "o i"]) -> Float[Tensor, "o r"]:
-    """U in float64, as `cfg.basis` says. Raises LoraLiteError for fewer tokens than directions."""
+    """U in the dtype of W, as `cfg.basis` says. Raises LoraLiteError for fewer tokens than directions."""
     if cfg.basis == "asvd":
         return left_svd(W * channel_scale(cfg, stats, path, W), cfg.r)[0]
     if cfg.basis == "select":
@@ -77,8 +77,8 @@ def has_contrast(cfg: Any, stats: Stats) -> bool:
 
 def contrast(cfg: Any, stats: Stats, path: str, like: Tensor) -> Float[Tensor, " o"]:
     """m / |m|, m the mean output on positive minus that on negative data, where the bias cancels."""
-    positive, negative, n_positive, n_negative = (stats[name][path].to(like) for name in contrast_names(cfg))
-    m = positive / n_positive - negative / n_negative
+    positive, negative, n_positive, n_negative = (stats[name][path] for name in contrast_names(cfg))
+    m = (positive / n_positive - negative / n_negative).to(like)
     if not m.any():
         raise LoraLiteError(f"{path}: the mean outputs on positive and negative data are equal.", expected="Two classes.")
     return m / m.norm()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .calibrate import Stats
-from .spectrum import left_svd, top_eigenvectors
+from .spectrum import congruent, gram, left_svd, top_eigenvectors
 
 MOMENTS = {"sqrt": "x_moment|y_moment", "full": "x_moment|yx_moment"}
 
@@ -42,7 +42,7 @@ def oriented_left_svd(
     W          (o, i), r at most its shorter side; where W has full rank, U lies in its column space
     damp       d = damp tr(C) / i
     call_norm  every call's activations divided by |max x|, the mean taken over calls instead of tokens
-    U and S come in the precision of W or better; the decomposition is that of the shorter side.
+    U and S come in the dtype of W, without fewer digits than an SVD in it has; the decomposition is that of the shorter side.
     """
     if metric == "plain":
         return left_svd(W, r, smallest=smallest)
@@ -53,20 +53,25 @@ def oriented_left_svd(
     if metric == "full" and not smallest:
         M = M.to(W.dtype, copy=True).div_(n)  # as precise as the products of the batches that the sums consist of
     else:
-        M, W = M / n, W.double()
+        M = M / n
     inputs = M.shape == (i, i)  # M is C; of a square layer always
     if inputs:
         M.diagonal().add_(delta)
     if metric == "full":
+        W = W.to(M)
         return left_svd(W @ M if inputs else M.add_(W, alpha=delta), r, smallest=smallest)
+    if not smallest and o > i:
+        U, S = left_svd(W @ root(stats, moment, path, M, delta).to(W), r)  # precise as above
+        if S[-1] > 1e-6 * S[0]:
+            return U, S
+    wide = W.double()
     if o <= i:
-        return rooted(W @ M @ W.T if inputs else M + delta * W @ W.T, r, smallest)
-    U, S = (None, None) if smallest else left_svd(W @ root(stats, moment, path, M, delta), r)
-    if U is None or S is None or not S[-1] > 1e-6 * S[0]:
-        Q = torch.linalg.qr(W).Q  # stay in the column space of W: there is nothing beside it, but that too is orthogonal
-        V, S = rooted(Q.T @ W @ M @ W.T @ Q, r, smallest)
+        U, S = rooted(congruent(wide, M) if inputs else M + delta * gram(W, M.dtype), r, smallest)
+    else:
+        Q = torch.linalg.qr(wide).Q  # stay in the column space of W: there is nothing beside it, but that too is orthogonal
+        V, S = rooted(congruent(Q.T @ wide, M), r, smallest)
         U = Q @ V
-    return U, S
+    return U.to(W), S.to(W)
 
 
 def rooted(G: Tensor, r: int, smallest: bool) -> tuple[Tensor, Tensor]:

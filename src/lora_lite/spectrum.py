@@ -23,9 +23,9 @@ def left_svd(
 
     Both go through the Gram matrix of the shorter side.
 
-    exact  in float64, since a float32 Gram matrix fails on the outlier spectra of language models: of few directions by
-           `leading_eigenpairs`, of many, or where that does not converge, by all eigenvectors. Smallest directions of
-           ill-conditioned matrices go through a float64 SVD.
+    exact  few directions by `leading_eigenpairs`, in float32 only where that is as precise as an SVD in float32; many, or where
+           it does not converge, by all eigenvectors in float64, since a float32 Gram matrix fails on the outlier spectra of
+           language models. Smallest directions of ill-conditioned matrices go through a float64 SVD.
     fast   in the dtype of M, by `leading_eigenpairs` alone, accepted with its proof that U captures at least 1 - tol of
            the largest |U^T M|^2 there is, and where |M M^T u_k - s_k^2 u_k| <= s_k^2 sqrt(tol) / 4; else exact, with a warning.
     auto   fast where r is at most a sixteenth of a shorter side above 2048.
@@ -41,8 +41,14 @@ def left_svd(
 
 
 def exact_left_svd(M: Tensor, r: int, smallest: bool) -> tuple[Tensor, Tensor]:
-    wide = M.shape[0] <= M.shape[1]
-    G = gram(M if wide else M.T, torch.float64)
+    shorter = M if M.shape[0] <= M.shape[1] else M.T
+    if not smallest and M.dtype == torch.float32 and len(shorter) >= max(512, 32 * r):
+        # An SVD in float32 leaves |M M^T u_k - s_k^2 u_k| / s_k^2 of about 1.3e-6. With this tolerance the Gram matrix is taken
+        # where its rounding is at most four times that, as the r-th singular value is half the first or more.
+        found = leading_eigenpairs(gram(shorter, M.dtype), r, tol=1.5e-5, residual=2e-6)
+        if found is not None:
+            return from_eigenvectors(M, *found)
+    G = gram(shorter, torch.float64)
     if not smallest:
         return from_eigenvectors(M, *top_eigenvectors(G, r))
     values, vectors = torch.linalg.eigh(G)
@@ -55,10 +61,8 @@ def exact_left_svd(M: Tensor, r: int, smallest: bool) -> tuple[Tensor, Tensor]:
 def fast_left_svd(M: Tensor, r: int, tol: float) -> tuple[Tensor, Tensor] | None:
     """What `left_svd` calls fast, None where it cannot be had. In float64 where values are too far apart for the dtype of M."""
     for dtype in (M.dtype, torch.float64):
-        G = gram(M if M.shape[0] <= M.shape[1] else M.T, dtype)
-        found = leading_eigenpairs(G, r, tol, residual=tol**0.5 / 4)
-        rounding = len(G) ** 0.5 * torch.finfo(dtype).eps
-        if found is not None and (dtype == torch.float64 or rounding * found[1][0] <= tol * found[1][-1]):
+        found = leading_eigenpairs(gram(M if M.shape[0] <= M.shape[1] else M.T, dtype), r, tol, residual=tol**0.5 / 4)
+        if found is not None:
             return from_eigenvectors(M, *found)
     return None
 
@@ -68,24 +72,43 @@ def from_eigenvectors(M: Tensor, V: Tensor, values: Tensor) -> tuple[Tensor, Ten
     if M.shape[0] <= M.shape[1]:
         return V.to(M.dtype), values.clamp(min=0).sqrt().to(M.dtype)
     # M v / s loses orthogonality where s is small; QR restores it.
-    Q, R = torch.linalg.qr(torch.cat([rows.to(V.dtype) @ V for rows in M.split(MOST_ROWS)]))
-    return (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).to(M.dtype), R.diagonal().abs().to(M.dtype)
+    U, S = orthonormal(torch.cat([rows.to(V.dtype) @ V for rows in M.split(MOST_ROWS)]))
+    return U.to(M.dtype), S.to(M.dtype)
+
+
+def orthonormal(V: Tensor) -> tuple[Tensor, Tensor]:
+    """V (n, r), nearly orthogonal columns, made orthonormal without a change of sign, and their lengths (r,)."""
+    Q, R = torch.linalg.qr(V)
+    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0), R.diagonal().abs()
 
 
 def gram(M: Tensor, dtype: torch.dtype) -> Tensor:
     """M M^T (n, n) of M (n, m), in `dtype` without a whole copy of M."""
     G = torch.zeros(len(M), len(M), dtype=dtype, device=M.device)
     for columns in M.split(MOST_ROWS, dim=1):
-        add_upper(G, columns.to(dtype))
+        columns = columns.to(dtype)
+        add_upper(G, columns, columns)
+    return mirrored(G)
+
+
+def congruent(W: Tensor, C: Tensor) -> Tensor:
+    """W C W^T (o, o) of W (o, i) and a symmetric C (i, i)."""
+    G = C.new_zeros(len(W), len(W))
+    add_upper(G, W @ C, W)
+    return mirrored(G)
+
+
+def add_upper(G: Tensor, M: Tensor, N: Tensor, factor: float = 1.0) -> None:
+    """G += factor M N^T on the blocks on and above the diagonal: of a symmetric product, little more than half of the work."""
+    for k in range(0, len(G), BLOCK):
+        G[k : k + BLOCK, k:].addmm_(M[k : k + BLOCK], N[k:].T, alpha=factor)
+
+
+def mirrored(G: Tensor) -> Tensor:
+    """G (n, n) with the blocks above the diagonal copied below it, in place."""
     for k in range(BLOCK, len(G), BLOCK):
         G[k:, k - BLOCK : k] = G[k - BLOCK : k, k:].T
     return G
-
-
-def add_upper(G: Tensor, M: Tensor, factor: float = 1.0) -> None:
-    """G += factor M M^T on the blocks on and above the diagonal, which are little more than half of the work."""
-    for k in range(0, len(G), BLOCK):
-        G[k : k + BLOCK, k:].addmm_(M[k : k + BLOCK], M[k:].T, alpha=factor)
 
 
 def top_eigenvectors(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +124,8 @@ def top_eigenvectors(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def leading_eigenpairs(G: Tensor, r: int, tol: float, residual: float) -> tuple[Tensor, Tensor] | None:
-    """(V (n, r), values (r,)), descending, of a symmetric G (n, n), with proof; None where half the space does not suffice.
+    """(V (n, r), values (r,)), descending, of a symmetric G (n, n), with proof; None where half the space does not suffice, and
+    where the first value is so far above the r-th that rounding, sqrt(n) times it, exceeds `tol` of that.
 
     Block Lanczos with full orthogonalization from a fixed random start, until |G v_k - q_k v_k| <= residual q_k for all k;
     then `nearly_all` must prove that sum q_k is at least 1 / (1 + tol) of the largest possible sum, whatever the start missed.
@@ -113,29 +137,34 @@ def leading_eigenpairs(G: Tensor, r: int, tol: float, residual: float) -> tuple[
     Q, T = G.new_empty(most + b, n), G.new_zeros(most + b, most + b)  # vectors are rows: products are fastest so
     start = torch.randn(n, b, generator=torch.Generator().manual_seed(0), device="cpu").to(G)
     Q[:b] = torch.linalg.qr(start).Q.T
-    check, earlier = 3 * b, (0, 1.0)
+    check, earlier, rounding = max(3 * b, n // 16), (0, 1.0), n**0.5 * torch.finfo(G.dtype).eps
     for j in range(b, most + 1, b):
-        known, last = Q[:j], slice(j - b, j)
-        Z = Q[last] @ G
-        T[last, :j] = H = Z @ known.T
-        T[:j, last] = H.T
-        step, R = torch.linalg.qr((Z - H @ known).T)
-        # Once more, against rounding and where Z has no full rank.
-        following, S = torch.linalg.qr((step.T - step.T @ known.T @ known).T)
-        Q[j : j + b] = following.T
+        known, last, near = Q[:j], slice(j - b, j), slice(max(0, j - 2 * b), j)
+        Z = Q[last] @ G  # its parts along blocks before the two last ones are rounding
+        T[last, near] = H = Z @ Q[near].T
+        T[near, last] = H.T
+        step, R = torch.linalg.qr(Z.addmm_(H, Q[near], alpha=-1).T)
+        for _ in range(4):  # against that rounding, and again where it was most of what is left, as Z had no full rank
+            step, S = torch.linalg.qr((step.T - step.T @ known.T @ known).T)
+            R = S @ R
+            if S.diagonal().abs().min() > 0.5:
+                break
+        Q[j : j + b] = step.T
         if j < check:
             continue
         values, vectors = torch.linalg.eigh(T[:j, :j])
         q, Y = values[-r:].flip(0), vectors[:, -r:].flip(1)
-        reached = float(((S @ R @ Y[last]).norm(dim=0) / q).max())
+        reached = float(((R @ Y[last]).norm(dim=0) / q).max())
+        if reached < 0.1 and rounding * q[0] > tol * q[-1]:
+            return None
         if reached <= residual:
-            V = (Y.T @ known).T
+            V = orthonormal((Y.T @ known).T)[0]
             if nearly_all(G, V, q, tol):
                 return V, q
             residual = reached / 2
         # Looking costs j^3: the rate so far tells when it may be enough.
         rate = math.log(earlier[1] / reached) / (j - earlier[0]) if 0 < reached < earlier[1] else 0.0
-        check = j + min(math.log(max(reached / residual, 1)) / rate, j / 4) if rate else 1.25 * j
+        check = j + min(math.log(max(reached / residual, 1)) / rate, j / 2) if rate else 1.5 * j
         earlier = (j, reached)
     return None
 
@@ -162,7 +191,9 @@ def positive_definite(A: Tensor) -> bool:
         L, info = torch.linalg.cholesky_ex(block)
         if info:
             return False
-        add_upper(A, torch.linalg.solve_triangular(L, right, upper=False).T, -1.0)
+        inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=A.dtype, device=A.device), upper=False)
+        right = (inverse @ right).T  # solving for every column takes twice the time
+        add_upper(A, right, right, -1.0)
     return True
 
 

@@ -93,7 +93,7 @@ class OutputSubspace(Adapter):
         raise LoraLiteError("core is missing.", expected="core(self, h) returns the change of the coordinates h.")
 
     basis = staticmethod(basis)
-    """(cfg, stats, path, W (o, i) in float64) -> U (o, r); a child that stands for one orientation writes its own."""
+    """(cfg, stats, path, W (o, i)) -> U (o, r) in the dtype of W; a child that stands for one orientation writes its own."""
 
     @staticmethod
     def needs(cfg: Any) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ class OutputSubspace(Adapter):
     @staticmethod
     def group_init(adapters: Mapping[str, Any], stats: Stats, cfg: Any) -> None:
         for path, adapter in adapters.items():
-            W = stats["weight"][path].double()
+            W = stats["weight"][path]
             adapter.orient(path, stats, W, adapter.basis(adapter.cfg, stats, path, W))
 
     def orient(self, path: str, stats: Stats, W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> None:
