@@ -194,6 +194,14 @@ class ForgetsAnOption(Sound):
             return "{}"
 
 
+class ReusesBlindly(Sound):
+    """What it keeps depends on B too."""
+
+    def forward(self, x, y, base):
+        BA = self.reuse(lambda base: self.B @ self.A, base, self.A)
+        return y + linalg.lin(x, BA) * (self.coeff * self.s)
+
+
 class HasLinearChildren(Sound):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -224,6 +232,7 @@ FAULTS = {
     CountsCalls: "check_checkpointing_is_exact",
     UselessTensor: "check_every_tensor_matters",
     ForgetsAnOption: "check_config_goes_to_json_and_back",
+    ReusesBlindly: "check_reuses_nothing_stale",
     HasLinearChildren: "check_specs_are_declarative",
 }
 

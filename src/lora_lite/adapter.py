@@ -5,17 +5,19 @@ import functools
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .config import AdapterConfig
 from .errors import LoraLiteError
+from .kept import Kept, reusable
 from .shared import Shared, leading
 from .spec import ParamSpec, drawn
 from .targets import Base, Layer
 
+T = TypeVar("T")
 Stats = Any  # calibrate.Stats: stats[name][path], stats["weight"][path]
 
 
@@ -191,6 +193,14 @@ class Adapter(nn.Module):
     def declared(self) -> dict[str, ParamSpec]:
         return type(self).param_specs(self.d_in, self.d_out, self.cfg)
 
+    @functools.cached_property
+    def kept(self) -> Kept:
+        return Kept()
+
+    def reuse(self, make: Callable[[Any], T], base: Any, *of: Tensor) -> T:
+        """make(base); with gradients off, the result of the call before where `of` and the base weight are what they were."""
+        return self.kept(make, base, of) if reusable(base, of) else make(base)
+
     def specs(self) -> dict[str, ParamSpec]:
         """The declaration of every tensor, which the variant is asked for once."""
         return self.declared
@@ -256,8 +266,8 @@ class Adapter(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Shared tensors are pickled with their holder, once; declarations hold functions, which do not go into a pickle."""
         views = dict.fromkeys(self.shared)
-        kept = {key: value for key, value in self.__dict__.items() if key != "declared"}
-        return {**kept, "_buffers": {**self._buffers, **views}}
+        state = {key: value for key, value in self.__dict__.items() if key not in ("declared", "kept")}
+        return {**state, "_buffers": {**self._buffers, **views}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -199,6 +199,23 @@ def check_every_tensor_matters(cls: Variant, cfg: AdapterConfig) -> None:
             demand(changed, f"moving {name} changes nothing")
 
 
+def check_reuses_nothing_stale(cls: Variant, cfg: AdapterConfig) -> None:
+    """Without gradients a change of any tensor, of the base weight or of the coefficient acts at the next call."""
+    model, handle = perturbed(cls, cfg)
+    x = toy.inputs(3, 5, toy.WIDTH)
+    adapter = next(iter(handle.layers.values()))
+    weight = cast(Tensor, model.get_submodule(adapter.path).weight)
+    with torch.no_grad():
+        for name, tensor in {**adapter.tensors(), "base weight": weight}.items():
+            model(x)
+            tensor.data.mul_(1.25)  # leaves no trace in the tensor's version
+            if name == "base weight":
+                weight.add_(0)
+            demand(torch.equal(model(x), copy.deepcopy(model)(x)), f"a change of {name} acts late")
+        with scale(model, 0.5):
+            demand(torch.equal(model(x), copy.deepcopy(model)(x)), "a change of the coefficient acts late")
+
+
 def check_gradients_flow(cls: Variant, cfg: AdapterConfig) -> None:
     """Some tensor has a gradient at step one, every one by step two, for a loss or its negative; the base never has."""
     x, probe = toy.inputs(4, 6, toy.WIDTH), toy.inputs(4, 6, toy.WIDTH, seed=5)

@@ -10,7 +10,7 @@ identity  exact: B = 0 gives n = sqrt(w2) = m, so m/n = 1
 invariant row norms of W' are |m| at c = 1; the bias is neither scaled nor moved
 cost      r (i + o) + o trained, o frozen; r (i + o) + o multiply-adds per token, r i o + r^2 (i + o) + o r per call
 differs   the paper forms V to take its norm; here n^2 = w2 + 2s (W A^T . B) + s^2 (B A A^T . B), rows of . summed, without an
-          o x i matrix, held above rounding noise where B A cancels a row of W
+          o x i matrix, held above rounding noise where B A cancels a row of W; without gradients m/n is reused while it holds
 """
 
 import torch
@@ -46,10 +46,14 @@ class DoRA(Adapter):
         self.m.copy_(self.w2.sqrt())
 
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
+        gain, B = self.reuse(self.rescaled, base, self.A, self.B, self.m, self.w2)
+        return add_products(y, [(lin(x, self.A), B)], self.coeff * self.s, self.coeff * (gain - 1), base.bias)
+
+    def rescaled(self, base: Any) -> tuple[Float[Tensor, " o"], Float[Tensor, "o r"]]:
+        """m/n and diag(m/n) B: that costs o r numbers per call, (m/n) * (B A x) would cost o per token."""
         A, B, s = self.A, self.B, self.s
         with torch.no_grad():
             n2 = self.w2 + s * ((2 * base(A).T + s * B @ (A @ A.T)) * B).sum(1)
             n = n2.maximum(torch.finfo(n2.dtype).eps * self.w2).sqrt()
         gain = self.m / n
-        # gain B costs o r numbers per call, gain (B A x) would cost o per token
-        return add_products(y, [(lin(x, A), gain[:, None] * B)], self.coeff * s, self.coeff * (gain - 1), base.bias)
+        return gain, gain[:, None] * B

@@ -1,0 +1,121 @@
+"""Results that depend on parameters and the base weight alone are reused without gradients, and only while nothing changed."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+from lora_lite.kept import Kept, reusable
+from lora_lite.targets import Base
+from lora_lite.testing import toy
+
+
+class Calls:
+    """Counts what it is asked to make."""
+
+    def __init__(self, *of):
+        self.of, self.count = of, 0
+
+    def __call__(self, base):
+        self.count += 1
+        return sum(tensor.double().sum() for tensor in self.of) + base.layer.weight.double().sum()
+
+
+@pytest.fixture
+def setting():
+    layer = nn.Linear(6, 4)
+    of = nn.Parameter(toy.inputs(3, 6)), toy.inputs(4)
+    return Base(layer), of, Calls(*of), Kept()
+
+
+def test_a_result_is_made_once_while_nothing_changes(setting):
+    base, of, make, kept = setting
+    first = kept(make, base, of)
+    assert kept(make, base, of) is first
+    assert kept(make, Base(base.layer), tuple(t.detach().clone() for t in of)) is first
+    assert make.count == 1
+
+
+CHANGES = {
+    "data in place": lambda layer, of: of[0].data.add_(1),
+    "in place": lambda layer, of: of[1].add_(1),
+    "new data": lambda layer, of: setattr(of[0], "data", of[0].data * 2),
+    "dtype": lambda layer, of: setattr(of[0], "data", of[0].data.double()),
+    "base in place": lambda layer, of: layer.weight.mul_(2),
+    "base replaced": lambda layer, of: setattr(layer, "weight", nn.Parameter(layer.weight * 2)),
+    "base in another dtype": lambda layer, of: layer.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_change_makes_it_anew(setting, name):
+    base, of, make, kept = setting
+    with torch.no_grad():
+        first = kept(make, base, of)
+        CHANGES[name](base.layer, of)
+        assert torch.equal(kept(make, base, of), make(base)) or name == "dtype"
+    assert make.count == 3
+    assert kept(make, base, of) is not first
+
+
+def test_nothing_is_reused_where_a_graph_or_other_arithmetic_could_differ(setting):
+    base, of, *_ = setting
+    assert not reusable(base, of)
+    with torch.no_grad():
+        assert reusable(base, of)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not reusable(base, of)
+        assert not reusable(lambda z: z, of)
+        assert not reusable(base, (of[0].to("meta"),))
+    with torch.inference_mode():
+        assert reusable(base, of)
+        assert not reusable(Base(nn.Linear(2, 2)), of)
+
+
+def adapted():
+    model = toy.toy()
+    toy.perturb(ll.attach(model, ll.config("dora", r=2, targets="all-linear", roles=None)))
+    return model, toy.inputs(2, 5, toy.WIDTH)
+
+
+def test_what_is_reused_is_what_a_step_with_gradients_computes():
+    model, x = adapted()
+    wanted = model(x).detach()
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model(x), wanted)
+
+
+def test_training_between_two_evaluations_is_seen():
+    model, x = adapted()
+    optimizer = torch.optim.SGD(ll.param_groups(model), lr=0.1)
+    for _ in range(3):
+        with torch.no_grad():
+            model(x)
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            evaluated = model(x)
+        assert torch.equal(evaluated, model(x).detach())
+
+
+def test_copies_and_pickles_leave_it_behind():
+    model, x = adapted()
+    with torch.no_grad():
+        wanted = model(x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert not any("kept" in vars(found) for found in other.modules())
+            assert torch.equal(other(x), wanted)
+
+
+def test_merge_and_unmerge_leave_the_outputs_what_they_were():
+    model, x = adapted()
+    with torch.no_grad():
+        wanted = model(x)
+        ll.merge(model)
+        ll.unmerge(model)
+        assert torch.equal(model(x), wanted)
