@@ -55,7 +55,7 @@ class Attach:
     rank: int = 16
     tokens: int = 512
     batches: int = 2
-    repeats: int = 2
+    repeats: int = 3
     threads: int = 2
     peer: str = "peft"
 

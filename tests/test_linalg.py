@@ -52,6 +52,67 @@ def angles(N):
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
+def chained(turn, matrices):
+    """x and the matrices of a chain that fits, and the chain as plain products."""
+    x, Ms, last, other = random(2, 5, 6), [], 6, 5
+    for k, width in enumerate((3, 4, 7)[:matrices]):
+        if k == turn:
+            last, other = other, last
+        Ms.append(random(width, last, seed=k + 2))
+        last = width
+
+    def plain(x, *Ms):
+        for k, M in enumerate(Ms):
+            x = (x.mT if k == turn else x) @ M.T
+        return x
+
+    return x, Ms, plain
+
+
+@pytest.mark.parametrize("matrices", [1, 2, 3])
+@pytest.mark.parametrize("turn", [-1, 0, 1, 2])
+def test_chain_is_its_products_in_values_and_in_two_orders_of_gradients(turn, matrices):
+    x, Ms, plain = chained(turn, matrices)
+    assert error(linalg.chain(x, *Ms, turn=turn), plain(x, *Ms)) < T64
+    inputs = [tensor.requires_grad_() for tensor in (x, *Ms)]
+    found = []
+    for make in (lambda x, *Ms: linalg.chain(x, *Ms, turn=turn), plain):
+        first = torch.autograd.grad(make(*inputs).square().sum(), inputs, create_graph=True)
+        found.append((*first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)))
+    for ours, wanted in zip(*found, strict=True):
+        assert error(ours, wanted) < T64
+
+
+def test_chain_keeps_its_input_and_its_matrices_alone():
+    x, Ms, _ = chained(1, 3)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        linalg.chain(x, *(M.requires_grad_() for M in Ms), turn=1)
+    assert set(kept) == {t.data_ptr() for t in (x, *Ms)}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_chain_of_bfloat16_activations_has_float32_gradients_of_float32_matrices(autocast):
+    x, Ms, plain = chained(1, 3)
+    x, Ms = x.to(torch.float32 if autocast else torch.bfloat16), [M.float().requires_grad_() for M in Ms]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = linalg.chain(x, *Ms, turn=1)
+    assert y.dtype is torch.bfloat16
+    y.float().square().sum().backward()
+    wanted = [M.detach().double().requires_grad_() for M in Ms]
+    plain(x.double(), *wanted).square().sum().backward()
+    for ours, exact in zip(Ms, wanted, strict=True):
+        assert ours.grad.dtype is torch.float32
+        assert float((ours.grad - exact.grad).norm() / exact.grad.norm()) < 2e-2
+
+
+def test_chain_goes_through_vmap():
+    x, Ms, plain = chained(1, 3)
+    batch = random(4, *x.shape, seed=8)
+    mapped = torch.func.vmap(torch.func.grad(lambda x: linalg.chain(x, *Ms, turn=1).square().sum()))(batch)
+    assert error(mapped, torch.func.vmap(torch.func.grad(lambda x: plain(x, *Ms).square().sum()))(batch)) < T64
+
+
 @pytest.mark.parametrize("scale", [0.3, random(4, 1, 1, seed=9)])
 def test_low_rank_is_the_scaled_dense_product(scale):
     x, A, B = random(4, 5, 12), random(3, 12, seed=2), random(7, 3, seed=3)

@@ -5,8 +5,8 @@ Products with activations run in the activations' dtype; factorizations, solves 
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,51 @@ def add_products(
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """y + B diag(scale) A x, as `low_rank` and `add_lin`."""
     return add_lin(y, lin(x, A), B, scale)
+
+
+class Chain(torch.autograd.Function):
+    """`chain`, which keeps x and the matrices for backward and computes what lies between anew."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(turn: int, x: Tensor, *Ms: Tensor) -> Tensor:
+        return lin(met(x, turn, Ms)[-1], Ms[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.turn, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, *Ms), (g,) = ctx.saved_tensors, grads
+        with torch.autocast(g.device.type, enabled=False):
+            of_matrices: list[Tensor] = []
+            for k, (z, M) in reversed(list(enumerate(zip(met(x.to(g.dtype), ctx.turn, Ms), Ms)))):
+                of_matrices.insert(0, (g.flatten(0, -2).T @ z.flatten(0, -2)).to(M.dtype))
+                g = g @ M.to(g.dtype)
+                g = g.mT if k == ctx.turn else g
+        return None, g.to(x.dtype), *of_matrices
+
+
+def met(x: Tensor, turn: int, Ms: Sequence[Tensor]) -> list[Tensor]:
+    """What each matrix of a chain is applied to."""
+    found: list[Tensor] = []
+    for k in range(len(Ms)):
+        z = lin(found[-1], Ms[k - 1]) if k else x
+        found.append(z.mT if k == turn else z)
+    return found
+
+
+def chain(x: Tensor, *Ms: Tensor, turn: int = -1) -> Tensor:
+    """x M_0^T M_1^T ... on the last axis, of which backward keeps x alone: (..., i), (r, i), (o, r) -> (..., o).
+
+    turn  the number of the matrix before which the last two axes change places; -1: nowhere
+    """
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *Ms)):
+        return cast(Tensor, Chain.apply(turn, x, *Ms))
+    return lin(met(x, turn, Ms)[-1], Ms[-1])  # torch.compile miscounts the arguments of a Function without gradients
 
 
 def stretched(y: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ coeff     scales the update; 0.5 halves it, -1 reverses it
 identity  exact: w2_b = 0, so A = 0 and D = 0
 invariant rank(W' - W) <= r^2; the change does not depend on the bias
 cost      2 r (i + o) trained, none frozen; min(r^2 (i + o), i o) multiply-adds per token, and per call r^2 (i + o)
-          multiplications for A and B or (2 r + 1) i o for D
+          multiplications for A and B or (2 r + 1) i o for D; backward keeps x, A and B, or x and what D is made of
 differs   start as in PEFT; LyCORIS draws Gaussians and zeroes w2_a. Both always form D. Linear layers only, no dropout of ranks
 """
 
@@ -19,7 +19,7 @@ from einops import rearrange
 
 from ..annotations import Any, Float, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
-from ..linalg import add_lin, add_low_rank
+from ..linalg import add_lin, chain
 from ..spec import kaiming
 
 
@@ -53,4 +53,4 @@ class LoHa(Adapter):
             return add_lin(y, x, D, self.coeff * self.s)
         A = rearrange(self.w1_b[:, None] * self.w2_b, "p q i -> (p q) i")
         B = rearrange(self.w1_a[:, :, None] * self.w2_a[:, None], "o p q -> o (p q)")
-        return add_low_rank(y, x, A, B, self.coeff * self.s)
+        return y + self.coeff * self.s * chain(x, A, B)

@@ -11,18 +11,17 @@ coeff     scales the update; 0.5 halves it, -1 reverses it
 identity  exact: one of w1, w2 is 0
 invariant rank(W' - W) = rank(w1) rank(w2); the change does not depend on the bias
 cost      n1 + n2 trained, the numbers stored for w1 and w2, none frozen; multiply-adds per token: i1 n2 + o2 n1 (w2 first) or
-          i2 n1 + o1 n2 (w1 first), whichever is less
+          i2 n1 + o1 n2 (w1 first), whichever is less; backward keeps x alone and computes what lies between anew
 differs   the Kronecker matrix is never formed. Where neither matrix is factored r acts through s alone, as in PEFT; LyCORIS
           takes s = 1 there. Linear layers only, no dropout of ranks
 """
 
-from functools import reduce
 from math import isqrt
 
 from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, ParamSpec, Specs, dataclass, register
 from ..limits import largest_divisor
-from ..linalg import lin
+from ..linalg import chain
 from ..spec import kaiming, zeros
 
 
@@ -75,5 +74,5 @@ class LoKr(Adapter):
         w1, w2 = self.stored("w1"), self.stored("w2")
         (i1, o1, n1), (i2, o2, n2) = ((w[0].shape[1], w[-1].shape[0], sum(p.numel() for p in w)) for w in (w1, w2))
         X, w2_first = x.unflatten(-1, (i1, i2)), i1 * n2 + o2 * n1 <= i2 * n1 + o1 * n2
-        Z = reduce(lin, w1, reduce(lin, w2, X).mT).mT if w2_first else reduce(lin, w2, reduce(lin, w1, X.mT).mT)
+        Z = chain(X, *w2, *w1, turn=len(w2)).mT if w2_first else chain(X.mT, *w1, *w2, turn=len(w1))
         return y + self.coeff * self.s * Z.flatten(-2)
