@@ -113,6 +113,18 @@ def test_chain_goes_through_vmap():
     assert error(mapped, torch.func.vmap(torch.func.grad(lambda x: plain(x, *Ms).square().sum()))(batch)) < T64
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_unit_has_the_asked_length_but_for_what_is_shorter_than_the_floor(dim, dtype):
+    V = random(3, 5, dtype=dtype)
+    V.select(1 - dim, 0).mul_(1e-3)
+    lengths = V.double().norm(dim=dim, keepdim=True)
+    U = linalg.unit(V, dim, 0.1, 2.5)
+    assert U.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    assert error(U, 2.5 * V.double() / lengths.clamp(min=0.1)) < (T64 if dtype is torch.float64 else 1e-6)
+    assert int((lengths < 0.1).sum()) == 1
+
+
 @pytest.mark.parametrize("scale", [0.3, random(4, 1, 1, seed=9)])
 def test_low_rank_is_the_scaled_dense_product(scale):
     x, A, B = random(4, 5, 12), random(3, 12, seed=2), random(7, 3, seed=3)

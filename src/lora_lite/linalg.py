@@ -123,6 +123,12 @@ def stretched(y: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
     return y * (1 + g) if bias is None else torch.addcmul(-g * bias, y, 1 + g)
 
 
+def unit(V: Tensor, dim: int, floor: float, length: float | Tensor = 1.0) -> Tensor:
+    """V with each vector v along `dim` as length v / max(|v|, floor), in float32 or better; one pass over V for all of it."""
+    V = V.to(torch.promote_types(V.dtype, torch.float32))
+    return V * (length / torch.linalg.vector_norm(V, dim=dim, keepdim=True).clamp(min=floor))
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number is: one pass, as a sum is finite only if all are; a sum that overflows is looked at again."""
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())

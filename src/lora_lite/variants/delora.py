@@ -15,11 +15,10 @@ differs   w is |W|_F in the paper, column norms in its code and PEFT (our defaul
 """
 
 import torch
-from torch.nn.functional import normalize
 
 from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
-from ..linalg import add_low_rank
+from ..linalg import add_low_rank, unit
 from ..spec import constant, kaiming, zeros
 
 
@@ -69,11 +68,8 @@ class DeLoRA(Adapter):
                 trained.copy_(frozen.copy_(trained))  # both hold what the dtype of the buffer can hold
 
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
-        r, lam, floor = self.cfg.r, self.lam, 1e-4
+        A, B = unit(self.A, 1, 1e-4), unit(self.B, 0, 1e-4, self.lam / self.cfg.r)
         if self.cfg.start == "zero_b":
-            A, B = normalize(self.A, dim=1, eps=floor), lam / r * normalize(self.B, dim=0, eps=floor)
             return add_low_rank(y, x, A * self.w, B, self.coeff)
-        A, A0 = normalize(torch.stack([self.A, self.A0]), dim=2, eps=floor)
-        B, B0 = normalize(torch.stack([self.B, self.B0]), dim=1, eps=floor)
-        B, B0 = lam / r * B, self.lam0 / r * B0
+        A0, B0 = unit(self.A0, 1, 1e-4), unit(self.B0, 0, 1e-4, self.lam0 / self.cfg.r)
         return add_low_rank(y, x, torch.cat([A - A0, A0]) * self.w, torch.cat([B, B - B0], dim=1), self.coeff)
