@@ -5,9 +5,10 @@ the same inputs: forward without gradients, forward + backward, bytes kept for b
 weights and from data; growth, how they grow; large, at an 8B model's sizes; start, import, attach, save and load.
 Ranks of step: r=16 for low-rank methods, 8 where that is the config's default or the method asks for it.
 
-Keys: parts=step,attach,growth,start variants=lora,dora models=base,d512,d1024 repeats=3 tokens=512 peer=peft|none
-modes=eager,compiled device=cpu|cuda dtype=float32|bfloat16 out=FOLDER (default benchmarks/runs). Models 0.6B, 1.7B and 8B have
-the shapes of Qwen3 and random weights; they want device=cuda dtype=bfloat16.
+Keys: parts=step,attach,growth,start variants=lora,dora models=base,d512,d1024 repeats=3 seconds=4 tokens=512
+peer=peft|none modes=eager,compiled device=cpu|cuda dtype=float32|bfloat16 out=FOLDER (default benchmarks/runs).
+A row takes `repeats` rounds at least, and as many as go into `seconds`. Models 0.6B, 1.7B and 8B have the shapes of Qwen3 and
+random weights; they want device=cuda dtype=bfloat16.
 Writes cost.json, after every row, so that an interrupted run keeps what it has, and cost.png.
 """
 
@@ -73,13 +74,14 @@ PARTS = ("step", "attach", "growth", "large", "start")
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(Options):
-    """variants, models and modes are of the part step; variants: all, or names; tokens: two rows on the base, else one."""
+    """variants, models, modes, seconds are of the part step; variants: all, or names; tokens: in two rows on the base."""
 
     parts: tuple[str, ...] = ("step", "attach", "growth", "start")
     variants: tuple[str, ...] = ("all",)
     models: tuple[str, ...] = ("base", "d512", "d1024")
     modes: tuple[str, ...] = ("eager",)
     repeats: int = 3
+    seconds: float = 4.0
     tokens: int = 512
     peer: str = "peft"
     device: str = "cpu"
@@ -152,15 +154,19 @@ def peered(model: nn.Module, cfg: ll.AdapterConfig) -> tuple[nn.Module, float] |
     return made[0].eval(), taken
 
 
-def times(subjects: dict[str, nn.Module], ids: Tensor, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """{subject: {"forward" | "step": seconds of each repeat}}, the subjects taking turns; the first round warms up."""
+def times(subjects: dict[str, nn.Module], ids: Tensor, repeats: int, enough: float = 0.0) -> dict[str, dict[str, list[float]]]:
+    """{subject: {"forward" | "step": seconds of each round}}, the subjects taking turns; the first round warms up.
+
+    At least `repeats` rounds, and more until they have taken `enough` seconds.
+    """
 
     def forward(model: nn.Module) -> None:
         with torch.no_grad():
             model(input_ids=ids)
 
     found: dict[str, dict[str, list[float]]] = {name: {"forward": [], "step": []} for name in subjects}
-    for repeat in range(repeats + 1):
+    started, repeat = time.perf_counter(), 0
+    while repeat <= repeats or time.perf_counter() - started < enough:
         for name, model in subjects.items():
             steps = found[name]["step"]
             if len(steps) > repeats // 3 and steps[0] > SLOW * found["bare"]["step"][0]:
@@ -169,6 +175,7 @@ def times(subjects: dict[str, nn.Module], ids: Tensor, repeats: int) -> dict[str
             if repeat:
                 steps.append(step)
                 found[name]["forward"].append(pure)
+        repeat += 1
     return found
 
 
@@ -206,7 +213,7 @@ def compare(name: str, base: Bare, mode: str, settings: Cost) -> dict[str, Any]:
         load_seconds = seconds(partial(ll.load, copy.deepcopy(model), path))
         record["ours"] |= {"file_bytes": path.stat().st_size, "load_seconds": load_seconds}
     timed = {key: compiled(subject) for key, subject in subjects.items()} if mode == "compiled" else subjects
-    for subject, found in times(timed, ids, settings.repeats).items():
+    for subject, found in times(timed, ids, settings.repeats, settings.seconds).items():
         record[subject] = record[subject] | found
     if "peft" in subjects and record["peft"]["step"][0] <= SLOW * record["bare"]["step"][0]:  # the others take minutes to count
         counted = multiply_adds(subjects["peft"], ids)

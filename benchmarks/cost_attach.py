@@ -48,7 +48,7 @@ LARGE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Attach:
-    """model: of `cases`, d and its width."""
+    """model: of `cases`, d and its width; seconds: that the repeats of one of them go on for."""
 
     cases: tuple[str, ...] = tuple(CASES)
     model: str = "d1024"
@@ -56,6 +56,7 @@ class Attach:
     tokens: int = 512
     batches: int = 2
     repeats: int = 3
+    seconds: float = 3.0
     threads: int = 2
     peer: str = "peft"
 
@@ -166,12 +167,12 @@ def measured(spec: dict[str, Any]) -> dict[str, Any]:
     work(stack(128, 1), {**spec, "d": 128, "layers": 1, "shape": ""})  # what a process takes once: imports, threads, kernels
     taken, peak = [], 0
     found: dict[str, Tensor] = {}
-    for repeat in range(spec["repeats"]):
-        ours = model if spec["repeats"] == 1 else copy.deepcopy(model)
+    while len(taken) < spec["repeats"] or sum(taken) < spec["enough"]:
+        ours = model if spec["shape"] else copy.deepcopy(model)  # of a large one there is room for one
         forget_peak()
         before = memory("VmRSS")
         taken.append(seconds(lambda: found.update(work(ours, spec))))  # noqa: B023
-        peak = peak if repeat else max(0, memory("VmHWM") - before)  # the kernel's counters lag by some pages
+        peak = peak if len(taken) > 1 else max(0, memory("VmHWM") - before)  # the kernel's counters lag by some pages
     share = None
     if spec["energy"]:  # on weights that PEFT has not rewritten
         share = energy(stack(spec["d"], spec["layers"], spec["shape"]), spec, found)
@@ -193,13 +194,14 @@ def child(specs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def spec_of(settings: Attach, **fields: Any) -> dict[str, Any]:
     general = {name: getattr(settings, name) for name in ("threads", "batches", "repeats")}
-    return {**general, "shape": "", "energy": False, "subject": "ours", **fields}
+    return {**general, "enough": 0.0, "shape": "", "energy": False, "subject": "ours", **fields}
 
 
 def attach_rows(settings: Attach, done: Callable[[str], None] = lambda name: None) -> list[dict[str, Any]]:
     """One row per case: ours and PEFT's seconds, peak bytes and energy; cases with one peer share its figures."""
     rows, peers = [], {}
-    sizes = {"d": int(settings.model[1:]), "layers": 2, "rank": settings.rank, "tokens": settings.tokens, "energy": True}
+    sizes = {"d": int(settings.model[1:]), "layers": 2, "rank": settings.rank, "tokens": settings.tokens}
+    sizes |= {"energy": True, "enough": settings.seconds}
     for name in settings.cases:
         row: dict[str, Any] = {"case": name, "model": settings.model, "r": settings.rank, "tokens": settings.tokens}
         row["ours"] = child([spec_of(settings, case=name, **sizes)])[0]
@@ -226,7 +228,7 @@ def growth_rows(settings: Attach, done: Callable[[str], None] = lambda name: Non
     rows = []
     for name in GROWN:
         for key, values in GROWTH.items():
-            found = child([spec_of(settings, case=name, **{**BASE, key: value}) for value in values])
+            found = child([spec_of(settings, case=name, **{**BASE, key: value, "repeats": 2}) for value in values])
             done(f"{name} against {key}")
             row = {"case": name, "against": key, "at": list(values), "others": {k: v for k, v in BASE.items() if k != key}}
             for measure_ in ("seconds", "peak_bytes"):

@@ -22,9 +22,10 @@ def section(record: dict[str, Any]) -> list[str]:
     """The part of the page on attaching."""
     used, threads = record["settings"], record["settings"]["threads"]
     how = (
-        f"Seconds on {threads} threads, median of {used['repeats']}, peak memory beyond the model, each in a new process; "
-        f"{used['batches']} batches of {used['tokens']} calibration tokens where a start needs them. Lost: the share of the "
-        "largest possible |U^T M|^2 that the directions miss. The peer of a method without one is PEFT's nearest."
+        f"Seconds on {threads} threads, median of {used['repeats']} or more (growth: of 2), peak memory beyond the model, each "
+        f"in a new process; {used['batches']} batches of {used['tokens']} calibration tokens where a start needs them. Lost: "
+        "the share of the largest possible |U^T M|^2 that the directions miss. The peer of a method without one is PEFT's "
+        "nearest."
     )
     lines = ["## Attaching", "", *textwrap.wrap(how, 120)]
     if "rows" in record:

@@ -31,7 +31,7 @@ ON_TERMINAL = ("forward / bare", "step / bare", "step / limit", "forward / PEFT"
 def table(record: dict[str, Any]) -> Table:
     environment, settings = record["environment"], record["settings"]
     made = Table(
-        title=f"medians of {settings['repeats']} interleaved rounds, {settings['tokens']} tokens, {settings['dtype']}",
+        title=f"medians of {settings['repeats']} or more interleaved rounds, {settings['tokens']} tokens, {settings['dtype']}",
         caption=f"{environment['device']}, {environment['threads']} threads, torch {environment['torch']}; step: forward + "
         "backward; limit: bare + the method's multiply-adds and bytes at measured rates; kept: bytes kept for backward; peak: "
         "memory above what was there before; below 1 ours is cheaper; ~: unsteady",
@@ -103,9 +103,10 @@ def page(record: dict[str, Any]) -> str:
     """docs/cost.md."""
     settings, where = record["settings"], record["environment"]
     how = (
-        f"Medians over {settings['repeats']} rounds, in each of which the bare frozen model, ours and PEFT's take turns in one "
-        f"process on the same {settings['tokens']} tokens (a third of the rounds for who is over four times slower than the "
-        f"bare model); {where['threads']} CPU threads, torch {where['torch']}, {settings['dtype']}. Forward is without "
+        f"Medians over rounds, in each of which the bare frozen model, ours and PEFT's take turns in one process on the same "
+        f"{settings['tokens']} tokens: {settings['repeats']} rounds, and as many as go into {settings['seconds']:g} seconds "
+        f"({settings['repeats'] // 3 + 1} for who is over four times slower than the bare model); {where['threads']} CPU "
+        f"threads, torch {where['torch']}, {settings['dtype']}. Forward is without "
         "gradients, step is forward + backward down to the embeddings, kept are bytes that forward keeps for backward, peak is "
         "the most memory that a step holds above what was there before. Limit is the bare model's time, the method's "
         "multiply-adds at the rate of a square product, and its bytes (its tensors, and the activations it changes, once in "

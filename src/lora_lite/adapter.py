@@ -221,6 +221,10 @@ class Adapter(nn.Module):
         """Every declared tensor by name; the state_dict leaves out those that layers share."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
+    def own(self) -> dict[str, Tensor]:
+        """Those that its state_dict has, which takes several times as long to make."""
+        return {name: getattr(self, name) for name, spec in self.specs().items() if not spec.shared}
+
     def install(self, layer: Layer, path: str, group: Group) -> None:
         """Hang under the layer as a child of the group's name."""
         self.path, self.group = path, group

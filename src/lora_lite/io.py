@@ -313,7 +313,7 @@ def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, T
 
     Raises LoraLiteError naming missing, unexpected and misshaped ones.
     """
-    places = {f"{p}.{key}": tensor for p, adapter in adapters.items() for key, tensor in adapter.state_dict().items()}
+    places = {f"{p}.{key}": tensor for p, adapter in adapters.items() for key, tensor in adapter.own().items()}
     common = {name: shared.holders(adapters, name) for name in shared.declared(adapters)}
     places |= {f"*.{name}": found[0].tensor for name, found in common.items() if name not in known}
     problems = [f"missing {key}" for key in places.keys() - tensors.keys()]
