@@ -49,7 +49,9 @@ def section(record: dict[str, Any]) -> list[str]:
             f"{', '.join(map(mib, row['peak_bytes']))} | {row['peak_bytes_exponent']:.2f} |"
         )
     if "large" in record:
-        lines += ["", "Blocks of an 8B model's sizes in bfloat16: peak beyond the model over the model's size.", ""]
+        tokens = record["large"][0]["tokens"]
+        how = "Blocks of an 8B model's sizes in bfloat16: peak beyond the model over the model's size. Batches there have"
+        lines += ["", *textwrap.wrap(f"{how} {tokens} tokens.", 120), ""]
         lines += ["| start | blocks | s | model MiB | MiB | ratio |", "|---|---:|---:|---:|---:|---:|"]
     for row in record.get("large", []):
         ours = row["ours"]

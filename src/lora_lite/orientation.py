@@ -51,7 +51,9 @@ def oriented_left_svd(
     o, i = W.shape
     delta = float(damp * trace / n / i)
     if metric == "full" and not smallest:
-        M = M.to(W.dtype, copy=True).div_(n)  # as precise as the products of the batches that the sums consist of
+        # As precise as the products of the batches that the sums consist of. By a number: a float64 tensor would make torch
+        # divide in float64, in two copies.
+        M = M.to(W.dtype, copy=True).div_(float(n))
     else:
         M = M / n
     inputs = M.shape == (i, i)  # M is C; of a square layer always
