@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import cost_attach
-from benchmarks.cost_attach import Attach, attach_rows, count, exponent, growth_rows, measured, spec_of
+from benchmarks.cost_attach import Attach, attach_rows, count, exponent, growth_rows, large_rows, measured, spec_of
 from benchmarks.cost_attach_report import section
 
 pytest.importorskip("peft")
@@ -31,6 +31,7 @@ def test_rows_growth_and_page_come_from_the_cases(monkeypatch):
     monkeypatch.setattr(cost_attach, "child", lambda specs: [fake(spec) for spec in specs])
     settings, seen = Attach(cases=("pissa", "pissa_fast", "olora")), []
     record = {"settings": vars(settings), "rows": attach_rows(settings, seen.append), "growth": growth_rows(settings)}
+    record["large"] = large_rows(settings)
     assert seen == [name for case in settings.cases for name in (case, f"{case}, PEFT")]
     assert len(seen) == count(settings, "attach")
     for row in record["growth"]:
@@ -41,7 +42,9 @@ def test_rows_growth_and_page_come_from_the_cases(monkeypatch):
         line.startswith("| `pissa` | d1024 | 16 |") and "| 0.25 |" in line and line.endswith("| 1e-04 | 1e-04 |")
         for line in text
     )
-    assert sum(line.startswith("| `corda` | ") for line in text) == 4
+    assert sum(line.startswith("| `corda` | ") for line in text) == 4 + 1
+    assert "| `corda` | 16 | " in "\n".join(text)
+    assert "Batches there have 128 tokens." in " ".join(text)
 
 
 def test_exponent_is_the_slope_of_the_logarithms():
