@@ -199,7 +199,7 @@ class Adapter(nn.Module):
 
     def reuse(self, make: Callable[[Any], T], base: Any, *of: Tensor) -> T:
         """make(base); with gradients off, the result of the call before where `of` and the base weight are what they were."""
-        return self.kept(make, base, of) if reusable(base, of) else make(base)
+        return self.kept(make, base, of) if reusable(base, of, self.buffers()) else make(base)
 
     def specs(self) -> dict[str, ParamSpec]:
         """The declaration of every tensor, which the variant is asked for once."""

@@ -1,7 +1,7 @@
 """Kept: what a variant computes from its parameters and the base weight alone, reused while nothing changes."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -21,28 +21,32 @@ class Kept:
 
     def __init__(self) -> None:
         self.of: tuple[Tensor, ...] = ()
-        self.weight: tuple[Any, ...] = ()
+        self.weight: Callable[[], Tensor | None] = lambda: None
+        self.state: tuple[Any, ...] = ()
         self.value: Any = None
 
     def __call__(self, make: Callable[[Base], T], base: Base, of: tuple[Tensor, ...]) -> T:
-        weight = identity(base.layer.weight)
-        if weight != self.weight or not all(map(equal, of, self.of)):
-            self.value = make(base)
-            self.weight, self.of = weight, tuple(tensor.detach().clone() for tensor in of)
+        weight = base.layer.weight
+        if self.weight() is not weight or self.state != state(weight) or not all(map(equal, of, self.of)):
+            self.value, self.of = make(base), tuple(tensor.detach().clone() for tensor in of)
+            self.weight, self.state = weakref.ref(weight), state(weight)
         return self.value
 
 
-def reusable(base: Any, of: tuple[Tensor, ...]) -> bool:
-    """Whether results may be reused: no gradient, no graph that is being recorded, no autocast, plain parameters on the CPU."""
+def reusable(base: Any, of: tuple[Tensor, ...], frozen: Iterable[Tensor]) -> bool:
+    """Whether results may be reused: no gradient, no graph that is being recorded, no autocast; `of` are parameters or among
+    the `frozen` ones, on the CPU. What torch.func puts in their place is no parameter.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if not isinstance(base, Base) or torch.is_autocast_enabled("cpu") or base.layer.weight.is_inference():
         return False
-    return all(type(tensor) in (nn.Parameter, Tensor) and tensor.device.type == "cpu" for tensor in of)
+    known = {id(tensor) for tensor in frozen if type(tensor) is Tensor}
+    return all((type(tensor) is nn.Parameter or id(tensor) in known) and tensor.device.type == "cpu" for tensor in of)
 
 
-def identity(weight: Tensor) -> tuple[Any, ...]:
-    return weakref.ref(weight), weight._version, weight.data_ptr(), weight.dtype
+def state(weight: Tensor) -> tuple[Any, ...]:
+    return weight._version, weight.data_ptr(), weight.dtype
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
