@@ -83,6 +83,13 @@ def test_chain_is_its_products_in_values_and_in_two_orders_of_gradients(turn, ma
         assert error(ours, wanted) < T64
 
 
+def test_chain_of_one_token_without_other_axes_has_gradients():
+    x, A, B = random(6).requires_grad_(), random(3, 6, seed=2).requires_grad_(), random(4, 3, seed=3).requires_grad_()
+    found = torch.autograd.grad(linalg.chain(x, A, B).square().sum(), (x, A, B))
+    for ours, wanted in zip(found, torch.autograd.grad((B @ A @ x).square().sum(), (x, A, B)), strict=True):
+        assert error(ours, wanted) < T64
+
+
 def test_chain_keeps_its_input_and_its_matrices_alone():
     x, Ms, _ = chained(1, 3)
     kept = []

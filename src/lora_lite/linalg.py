@@ -92,7 +92,7 @@ class Chain(torch.autograd.Function):
         with torch.autocast(g.device.type, enabled=False):
             of_matrices: list[Tensor] = []
             for k, (z, M) in reversed(list(enumerate(zip(met(x.to(g.dtype), ctx.turn, Ms), Ms)))):
-                of_matrices.insert(0, (g.flatten(0, -2).T @ z.flatten(0, -2)).to(M.dtype))
+                of_matrices.insert(0, (g.reshape(-1, g.shape[-1]).T @ z.reshape(-1, z.shape[-1])).to(M.dtype))
                 g = g @ M.to(g.dtype)
                 g = g.mT if k == ctx.turn else g
         return None, g.to(x.dtype), *of_matrices
