@@ -5,10 +5,10 @@ the same inputs: forward without gradients, forward + backward, bytes kept for b
 weights and from data; growth, how they grow; large, at an 8B model's sizes; start, import, attach, save and load.
 Ranks of step: r=16 for low-rank methods, 8 where that is the config's default or the method asks for it.
 
-Keys: parts=step,attach,growth,start variants=lora,dora models=base,d512,d1024 repeats=3 seconds=3 tokens=512
+Keys: parts=step,attach,growth,start variants=lora,dora models=base,d512,d1024 repeats=2 seconds=3 tokens=512
 peer=peft|none modes=eager,compiled device=cpu|cuda dtype=float32|bfloat16 out=FOLDER (default benchmarks/runs).
-A row takes `repeats` rounds at least, and as many as go into `seconds`. Models 0.6B, 1.7B and 8B have the shapes of Qwen3 and
-random weights; they want device=cuda dtype=bfloat16.
+A row takes `repeats` rounds of two turns at least, and as many as go into `seconds`. Models 0.6B, 1.7B and 8B have the shapes
+of Qwen3 and random weights; they want device=cuda dtype=bfloat16.
 Writes cost.json, after every row, so that an interrupted run keeps what it has, and cost.png.
 """
 
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from lora_lite.errors import closest
 from lora_lite.registry import variant_of
 
 RANK = {"hra": 8, "loha": 8, "lokr": 8, "lora_ga": 8, "corda": 16}
-SLOW = 4.0  # a subject this many times slower than the bare model gets a third of the repeats
+SLOW = 4.0  # a subject this many times slower than the bare model gets two turns
 
 
 class Shape(NamedTuple):
@@ -80,7 +80,7 @@ class Cost(Options):
     variants: tuple[str, ...] = ("all",)
     models: tuple[str, ...] = ("base", "d512", "d1024")
     modes: tuple[str, ...] = ("eager",)
-    repeats: int = 3
+    repeats: int = 2
     seconds: float = 3.0
     tokens: int = 512
     peer: str = "peft"
@@ -155,27 +155,35 @@ def peered(model: nn.Module, cfg: ll.AdapterConfig) -> tuple[nn.Module, float] |
 
 
 def times(subjects: dict[str, nn.Module], ids: Tensor, repeats: int, enough: float = 0.0) -> dict[str, dict[str, list[float]]]:
-    """{subject: {"forward" | "step": seconds of each round}}, the subjects taking turns; the first round warms up.
+    """{subject: {"forward" | "step": seconds of each turn}}, after one that warms up.
 
-    At least `repeats` rounds, and more until they have taken `enough` seconds.
+    A round is two turns, the second in the opposite order behind the bare model: who comes after it pays for memory that it did
+    not use, some hundredths of a step. At least `repeats` rounds, and more until they have taken `enough` seconds.
     """
 
     def forward(model: nn.Module) -> None:
         with torch.no_grad():
             model(input_ids=ids)
 
-    found: dict[str, dict[str, list[float]]] = {name: {"forward": [], "step": []} for name in subjects}
-    started, repeat = time.perf_counter(), 0
-    while repeat <= repeats or time.perf_counter() - started < enough:
-        for name, model in subjects.items():
+    def turn(order: Sequence[str]) -> None:
+        for name in order:
             steps = found[name]["step"]
-            if len(steps) > repeats // 3 and steps[0] > SLOW * found["bare"]["step"][0]:
+            if len(steps) >= 2 and steps[0] > SLOW * found["bare"]["step"][0]:
                 continue
-            step, pure = seconds(partial(forward_backward, model, ids)), seconds(partial(forward, model))
-            if repeat:
-                steps.append(step)
-                found[name]["forward"].append(pure)
-        repeat += 1
+            steps.append(seconds(partial(forward_backward, subjects[name], ids)))
+            found[name]["forward"].append(seconds(partial(forward, subjects[name])))
+
+    found: dict[str, dict[str, list[float]]] = {name: {"forward": [], "step": []} for name in subjects}
+    first, *others = subjects
+    turn([first, *others])
+    for kinds in found.values():
+        for values in kinds.values():
+            values.clear()
+    started, rounds = time.perf_counter(), 0
+    while rounds < repeats or time.perf_counter() - started < enough:
+        turn([first, *others])
+        turn([first, *reversed(others)])
+        rounds += 1
     return found
 
 

@@ -81,9 +81,9 @@ START_GOALS = (
 
 
 GOALS_READ = (
-    "What the project set out to reach, with the quartiles of the rounds, and the limit beside the same: a goal below the "
+    "What the project set out to reach, with the quartiles of the turns, and the limit beside the same: a goal below the "
     "limit asks for less time than the bare model and the method's own multiply-adds and bytes take here. Within the spread: "
-    "the median misses the goal and a quarter of the rounds or more keep it. Products: multiply-adds beyond the bare "
+    "the median misses the goal and a quarter of the turns or more keep it. Products: multiply-adds beyond the bare "
     "model's, ours over PEFT's."
 )
 

@@ -103,15 +103,16 @@ def page(record: dict[str, Any]) -> str:
     """docs/cost.md."""
     settings, where = record["settings"], record["environment"]
     how = (
-        f"Medians over rounds, in each of which the bare frozen model, ours and PEFT's take turns in one process on the same "
-        f"{settings['tokens']} tokens: {settings['repeats']} rounds, and as many as go into {settings['seconds']:g} seconds "
-        f"({settings['repeats'] // 3 + 1} for who is over four times slower than the bare model); {where['threads']} CPU "
-        f"threads, torch {where['torch']}, {settings['dtype']}. Forward is without "
+        "Medians over turns in one process on the same "
+        f"{settings['tokens']} tokens: a round is the bare frozen model, ours, PEFT's, and then the bare one, PEFT's, ours; "
+        f"{settings['repeats']} rounds, and as many as go into {settings['seconds']:g} seconds (one for who is over four times "
+        f"slower than the bare model); {where['threads']} CPU threads, torch {where['torch']}, {settings['dtype']}. Forward is "
+        "without "
         "gradients, step is forward + backward down to the embeddings, kept are bytes that forward keeps for backward, peak is "
         "the most memory that a step holds above what was there before. Limit is the bare model's time, the method's "
         "multiply-adds at the rate of a square product, and its bytes (its tensors, and the activations it changes, once in "
         "and once out) at the rate of a copy, both measured in the same run. Below 1 ours is cheaper; with ~ the middle half "
-        "of the rounds spreads over more than a tenth: such a figure says little. Attach includes calibration where a method "
+        "of the turns spreads over more than a tenth: such a figure says little. Attach includes calibration where a method "
         "starts from data (two batches), which PEFT's figure does not: corda, eva and lora_ga stand beside PEFT's plain LoRA, "
         "which is what they train there."
     )

@@ -40,7 +40,7 @@ def start_rows(settings: Any, sizes: dict[str, Any] = QWEN3_06B) -> list[dict[st
     gc.collect()
     gc.disable()  # a collection of what others left takes longer than anything here
     try:
-        return [imports(5), *on_model(model, settings.repeats, settings.peer == "peft")]
+        return [imports(5), *on_model(model, 4 * settings.repeats, settings.peer == "peft")]
     finally:
         gc.enable()
 

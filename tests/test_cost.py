@@ -1,5 +1,6 @@
 """just bench-cost: what it compares, what it records, how it fails."""
 
+import itertools
 import io
 import json
 import time
@@ -60,7 +61,7 @@ def test_ratios_are_medians_over_the_rounds_in_which_both_ran_and_missing_peers_
     assert plot(record).startswith(b"\x89PNG")
 
 
-def test_the_slow_take_part_in_fewer_rounds():
+def test_the_slow_take_fewer_turns_and_each_of_the_others_is_as_often_behind_the_bare_model():
     class Toy(torch.nn.Module):
         def __init__(self, rest: float):
             super().__init__()
@@ -71,12 +72,22 @@ def test_the_slow_take_part_in_fewer_rounds():
 
         def forward(self, input_ids=None, inputs_embeds=None, labels=None):
             self.runs += inputs_embeds is not None
+            order.append(self)
             time.sleep(self.rest)
             loss = None if inputs_embeds is None else inputs_embeds.sum()
             return types.SimpleNamespace(loss=loss)
 
-    found = cost.times({"bare": Toy(0.002), "ours": Toy(0.002), "peft": Toy(0.1)}, torch.zeros(1, 4, dtype=torch.long), 6)
-    assert [len(found[name]["step"]) for name in ("bare", "ours", "peft")] == [6, 6, 3]
+    order: list[Toy] = []
+    ids, bare, ours = torch.zeros(1, 4, dtype=torch.long), Toy(0.002), Toy(0.002)
+    found = cost.times({"bare": bare, "ours": ours, "peft": Toy(0.1)}, ids, 3)
+    assert [len(found[name]["step"]) for name in ("bare", "ours", "peft")] == [6, 6, 2]
+    order.clear()
+    cost.times({"bare": bare, "ours": ours, "peft": (peft := Toy(0.002))}, ids, 2)
+    behind = [after for before, after in itertools.pairwise(order) if before is bare and after is not bare]
+    assert behind == [ours, ours, peft, ours, peft]  # the first turn warms up
+    order.clear()
+    cost.times({"bare": bare, "ours": ours}, ids, 1, enough=0.1)
+    assert len(order) > 6 * 2
 
 
 @pytest.mark.parametrize("side", ["output", "input"])
