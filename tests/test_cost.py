@@ -1,7 +1,7 @@
 """just bench-cost: what it compares, what it records, how it fails."""
 
-import itertools
 import io
+import itertools
 import json
 import time
 import types
