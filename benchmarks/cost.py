@@ -5,7 +5,7 @@ the same inputs: forward without gradients, forward + backward, bytes kept for b
 weights and from data; growth, how they grow; large, at an 8B model's sizes; start, import, attach, save and load.
 Ranks of step: r=16 for low-rank methods, 8 where that is the config's default or the method asks for it.
 
-Keys: parts=step,attach,growth,start variants=lora,dora models=base,d512,d1024 repeats=2 seconds=3 tokens=512
+Keys: parts=step,attach,growth,start variants=lora,dora models=base,d512,d1024 repeats=2 seconds=2 tokens=512
 peer=peft|none modes=eager,compiled device=cpu|cuda dtype=float32|bfloat16 out=FOLDER (default benchmarks/runs).
 A row takes `repeats` rounds of two turns at least, and as many as go into `seconds`. Models 0.6B, 1.7B and 8B have the shapes
 of Qwen3 and random weights; they want device=cuda dtype=bfloat16.
@@ -81,7 +81,7 @@ class Cost(Options):
     models: tuple[str, ...] = ("base", "d512", "d1024")
     modes: tuple[str, ...] = ("eager",)
     repeats: int = 2
-    seconds: float = 3.0
+    seconds: float = 2.0
     tokens: int = 512
     peer: str = "peft"
     device: str = "cpu"
