@@ -35,7 +35,9 @@ IMPORT = "import time, torch; start = time.perf_counter(); import lora_lite; pri
 
 
 def start_rows(settings: Any, sizes: dict[str, Any] = QWEN3_06B) -> list[dict[str, Any]]:
-    """One row per thing done: {"measure": name, subject: quartiles of the seconds, ...}; settings has `repeats` and `peer`."""
+    """One row per thing done: {"measure": name, subject: quartiles of the seconds, ...}; settings has `repeats`, of four turns
+    each, and `peer`.
+    """
     model = random_model(sizes)
     gc.collect()
     gc.disable()  # a collection of what others left takes longer than anything here

@@ -108,7 +108,7 @@ def met(x: Tensor, turn: int, Ms: Sequence[Tensor]) -> list[Tensor]:
 
 
 def chain(x: Tensor, *Ms: Tensor, turn: int = -1) -> Tensor:
-    """x M_0^T M_1^T ... on the last axis, of which backward keeps x alone: (..., i), (r, i), (o, r) -> (..., o).
+    """x M_0^T M_1^T ... on the last axis; backward keeps x and the matrices alone: (..., i), (r, i), (o, r) -> (..., o).
 
     turn  the number of the matrix before which the last two axes change places; -1: nowhere
     """
@@ -254,9 +254,8 @@ def reflections(V: Tensor) -> tuple[Tensor, Tensor]:
     WY form in the pair basis: rows (u, v) of each adjacent pair become (u, d), d = v - u, so that equal pairs, whose
     reflections cancel, give exactly 0 and nearly equal pairs lose no digits. det of the inverted matrix is 2^-r always.
     """
-    V = V.to(torch.promote_types(V.dtype, torch.float32))
-    unit = V / V.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    u, d = unit[0::2], unit[1::2] - unit[0::2]
+    v = unit(V, 1, 1e-12)
+    u, d = v[0::2], v[1::2] - v[0::2]
     P = rearrange([u, d], "two pairs i -> (pairs two) i")
     e = d.square().sum(1) / 2
     half = torch.full_like(e, 0.5)

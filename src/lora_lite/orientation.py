@@ -60,8 +60,8 @@ def oriented_left_svd(
     if inputs:
         M.diagonal().add_(delta)
     if metric == "full":
-        W = W.to(M)
-        return left_svd(W @ M if inputs else M.add_(W, alpha=delta), r, smallest=smallest)
+        U, S = left_svd(W.to(M) @ M if inputs else M.add_(W, alpha=delta), r, smallest=smallest)
+        return U.to(W), S.to(W)
     if not smallest and o > i:
         U, S = left_svd(W @ root(stats, moment, path, M, delta).to(W), r)  # precise as above
         if S[-1] > 1e-6 * S[0]:

@@ -43,8 +43,8 @@ def left_svd(
 def exact_left_svd(M: Tensor, r: int, smallest: bool) -> tuple[Tensor, Tensor]:
     shorter = M if M.shape[0] <= M.shape[1] else M.T
     if not smallest and M.dtype == torch.float32 and len(shorter) >= max(512, 32 * r):
-        # An SVD in float32 leaves |M M^T u_k - s_k^2 u_k| / s_k^2 of about 1.3e-6. With this tolerance the Gram matrix is taken
-        # where its rounding is at most four times that, as the r-th singular value is half the first or more.
+        # An SVD in float32 leaves |M M^T u_k - s_k^2 u_k| / s_k^2 of about 1.3e-6. This tolerance leaves to float64 what is too
+        # far apart for a Gram matrix: 1024 wide, an r-th singular value below half the first.
         found = leading_eigenpairs(gram(shorter, M.dtype), r, tol=1.5e-5, residual=2e-6)
         if found is not None:
             return from_eigenvectors(M, *found)

@@ -21,6 +21,8 @@ from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, datacla
 from ..linalg import add_low_rank, unit
 from ..spec import constant, kaiming, zeros
 
+FLOOR = 1e-4  # of the length that a vector is divided by
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeLoRAConfig(AdapterConfig):
@@ -68,8 +70,8 @@ class DeLoRA(Adapter):
                 trained.copy_(frozen.copy_(trained))  # both hold what the dtype of the buffer can hold
 
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
-        A, B = unit(self.A, 1, 1e-4), unit(self.B, 0, 1e-4, self.lam / self.cfg.r)
+        A, B = unit(self.A, 1, FLOOR), unit(self.B, 0, FLOOR, self.lam / self.cfg.r)
         if self.cfg.start == "zero_b":
             return add_low_rank(y, x, A * self.w, B, self.coeff)
-        A0, B0 = unit(self.A0, 1, 1e-4), unit(self.B0, 0, 1e-4, self.lam0 / self.cfg.r)
+        A0, B0 = unit(self.A0, 1, FLOOR), unit(self.B0, 0, FLOOR, self.lam0 / self.cfg.r)
         return add_low_rank(y, x, torch.cat([A - A0, A0]) * self.w, torch.cat([B, B - B0], dim=1), self.coeff)
