@@ -5,6 +5,7 @@ import itertools
 import json
 import time
 import types
+from statistics import median
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from benchmarks.cost_report import page, plot, table
 from benchmarks.peers import PEERS
 
 pytest.importorskip("peft")
-TINY = ["parts=step", "variants=lora,antipasto_ablate", "models=d512", "repeats=1", "tokens=16"]
+TINY = ["parts=step", "variants=lora,antipasto_ablate", "models=d512", "repeats=1", "seconds=.01", "tokens=16"]
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,11 @@ def test_every_row_has_the_bare_model_and_ours_and_the_peer_where_there_is_one(r
         assert set(row) >= {"bare", "ours"}
         assert ("peft" in row) == (row["variant"] in PEERS)
         for subject in ("bare", "ours", *(["peft"] if "peft" in row else [])):
-            assert row[subject]["step"][0] > row[subject]["forward"][0] > 0
+            assert median(row[subject]["step"]) > median(row[subject]["forward"]) > 0
             assert row[subject]["peak_bytes"] > row[subject]["saved_bytes"] > 0
         assert row["ours"]["saved_bytes"] > row["bare"]["saved_bytes"]
         assert {"attach_seconds", "load_seconds", "file_bytes"} <= set(row["ours"])
-        assert all(row["limit"][kind] > row["bare"][kind][0] for kind in ("forward", "step"))
+        assert all(row["limit"][kind] > median(row["bare"][kind]) for kind in ("forward", "step"))
 
 
 def test_ratios_are_medians_over_the_rounds_in_which_both_ran_and_missing_peers_are_blank(record):
