@@ -181,7 +181,7 @@ def test_fast_captures_what_its_tolerance_says(spectrum, dtype, shape, monkeypat
 
 
 def test_fast_finds_directions_that_its_start_misses(monkeypatch):
-    """The start is orthogonal to the leading direction: only rounding would bring it in, the proof must not pass without it."""
+    """The start is orthogonal to the leading direction: rounding brings it in and grows with it; the proof fails without it."""
     n, r = 256, 4
     start = torch.linalg.qr(torch.randn(n, 8, generator=torch.Generator().manual_seed(0)).double())
     u = torch.linalg.qr(torch.cat([start.Q, toy.inputs(n, 1, dtype=torch.float64)], dim=1)).Q[:, -1]
@@ -209,10 +209,17 @@ def test_proof_holds_for_what_captures_enough_and_for_nothing_else(tol):
     assert not nearly_all(G, missed, torch.cat([q[:5], values[:1]]), tol)
 
 
-def test_fast_falls_back_where_it_proves_nothing(monkeypatch):
-    M = flat(256, 2048)
+def test_only_what_is_proven_is_exact_and_fast_goes_without(monkeypatch):
+    G = gram(matrix(SPECTRA["exponential"], (48, 80)), torch.float64)
     monkeypatch.setattr(svd, "nearly_all", lambda *_: False)
-    assert leading_eigenpairs(gram(M, torch.float32), 20, 1e-3, 1e-2) is None
+    assert leading_eigenpairs(G, 4, 1e-3, 1e-2) is None
+    V, _ = leading_eigenpairs(G, 4, 1e-3, 1e-2, proven=False)
+    assert apart(V, torch.linalg.eigh(G).eigenvectors[:, -4:]) < 1e-2
+
+
+def test_fast_falls_back_where_half_the_space_does_not_suffice():
+    M = flat(256, 2048)
+    assert leading_eigenpairs(gram(M, torch.float32), 20, 1e-3, 1e-3**0.5 / 3, proven=False) is None
     with pytest.warns(LoraLiteWarning, match=r"fast SVD missed tol=0\.001"):
         U, S = left_svd(M, 20, "fast")
     exact = left_svd(M, 20)

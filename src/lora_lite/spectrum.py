@@ -1,4 +1,4 @@
-"""Singular vectors and eigenvectors for starts: few or all of them, in float64 or with a proof of what they capture.
+"""Singular vectors and eigenvectors for starts: few or all of them, as precise as the dtype allows or as a tolerance asks.
 
 Pure functions, shapes as einsum letters: o outputs, i inputs, n either, r rank, b block size.
 """
@@ -26,8 +26,8 @@ def left_svd(
     exact  few directions by `leading_eigenpairs`, in float32 only where that is as precise as an SVD in float32; many, or where
            it does not converge, by all eigenvectors in float64, since a float32 Gram matrix fails on the outlier spectra of
            language models. Smallest directions of ill-conditioned matrices go through a float64 SVD.
-    fast   in the dtype of M, by `leading_eigenpairs` alone, accepted with its proof that U captures at least 1 - tol of
-           the largest |U^T M|^2 there is, and where |M M^T u_k - s_k^2 u_k| <= s_k^2 sqrt(tol) / 4; else exact, with a warning.
+    fast   in the dtype of M, by `leading_eigenpairs` alone, accepted where |M M^T u_k - s_k^2 u_k| <= s_k^2 sqrt(tol) / 3; else
+           exact, with a warning. tol: what U may miss of the largest |U^T M|^2; it is about the square of that bound.
     auto   fast where r is at most a sixteenth of a shorter side above 2048.
     Results come in the dtype of M.
     """
@@ -61,7 +61,8 @@ def exact_left_svd(M: Tensor, r: int, smallest: bool) -> tuple[Tensor, Tensor]:
 def fast_left_svd(M: Tensor, r: int, tol: float) -> tuple[Tensor, Tensor] | None:
     """What `left_svd` calls fast, None where it cannot be had. In float64 where values are too far apart for the dtype of M."""
     for dtype in (M.dtype, torch.float64):
-        found = leading_eigenpairs(gram(M if M.shape[0] <= M.shape[1] else M.T, dtype), r, tol, residual=tol**0.5 / 4)
+        G = gram(M if M.shape[0] <= M.shape[1] else M.T, dtype)
+        found = leading_eigenpairs(G, r, tol, residual=tol**0.5 / 3, proven=False)
         if found is not None:
             return from_eigenvectors(M, *found)
     return None
@@ -123,24 +124,26 @@ def top_eigenvectors(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return found
 
 
-def leading_eigenpairs(G: Tensor, r: int, tol: float, residual: float) -> tuple[Tensor, Tensor] | None:
-    """(V (n, r), values (r,)), descending, of a symmetric G (n, n), with proof; None where half the space does not suffice, and
-    where the first value is so far above the r-th that rounding, sqrt(n) times it, exceeds `tol` of that.
+def leading_eigenpairs(G: Tensor, r: int, tol: float, residual: float, proven: bool = True) -> tuple[Tensor, Tensor] | None:
+    """(V (n, r), values (r,)), descending, of a symmetric G (n, n); None where half the space does not suffice, and where the
+    first value is so far above the r-th that rounding, sqrt(n) times it, exceeds `tol` of that.
 
-    Block Lanczos with full orthogonalization from a fixed random start, until |G v_k - q_k v_k| <= residual q_k for all k;
-    then `nearly_all` must prove that sum q_k is at least 1 / (1 + tol) of the largest possible sum, whatever the start missed.
+    Block Lanczos with full orthogonalization from a fixed random start, until |G v_k - q_k v_k| <= residual q_k for all k.
+    proven: then `nearly_all` must prove that sum q_k is at least 1 / (1 + tol) of the largest sum there is, whatever the start
+    missed, which takes n^3 / 6 multiply-adds.
     """
     n, b = len(G), max(8, r // 2)
-    most = max(n // 2, 3 * b)
+    most = max(n // 2, 3 * b) // b * b
     if most + b > n:
         return None
     Q, T = G.new_empty(most + b, n), G.new_zeros(most + b, most + b)  # vectors are rows: products are fastest so
     start = torch.randn(n, b, generator=torch.Generator().manual_seed(0), device="cpu").to(G)
     Q[:b] = torch.linalg.qr(start).Q.T
-    check, earlier, rounding = max(3 * b, n // 16), (0, 1.0), n**0.5 * torch.finfo(G.dtype).eps
+    check = min(most, max(3 * b, int(5 * n**0.5)))  # what a random matrix needs, the hardest there is
+    earlier, rounding = (0, 1.0), n**0.5 * torch.finfo(G.dtype).eps
     for j in range(b, most + 1, b):
         known, last, near = Q[:j], slice(j - b, j), slice(max(0, j - 2 * b), j)
-        Z = Q[last] @ G  # its parts along blocks before the two last ones are rounding
+        Z = (G @ Q[last].T).T  # its parts along blocks before the two last ones are rounding
         T[last, near] = H = Z @ Q[near].T
         T[near, last] = H.T
         step, R = torch.linalg.qr(Z.addmm_(H, Q[near], alpha=-1).T)
@@ -159,12 +162,12 @@ def leading_eigenpairs(G: Tensor, r: int, tol: float, residual: float) -> tuple[
             return None
         if reached <= residual:
             V = orthonormal((Y.T @ known).T)[0]
-            if nearly_all(G, V, q, tol):
+            if not proven or nearly_all(G, V, q, tol):
                 return V, q
             residual = reached / 2
         # Looking costs j^3: the rate so far tells when it may be enough.
         rate = math.log(earlier[1] / reached) / (j - earlier[0]) if 0 < reached < earlier[1] else 0.0
-        check = j + min(math.log(max(reached / residual, 1)) / rate, j / 2) if rate else 1.5 * j
+        check = min(most, j + min(math.log(max(reached / residual, 1)) / rate, j / 2) if rate else 1.5 * j)
         earlier = (j, reached)
     return None
 

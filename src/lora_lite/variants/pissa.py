@@ -9,8 +9,8 @@ identity  exact however inaccurate the SVD: B A - B0 A0 = B dA + dB A0 and dA = 
 invariant rank(W' - W) <= 2r; the base weight is never written; the change does not depend on the bias
 cost      r (i + o) trained, the same again frozen; 2 r (i + o) multiply-adds per token; one SVD per layer at attach
 differs   the paper stores W - s B0 A0 in the base and trains A, B; here the frozen product is subtracted instead, so the base
-          stays W after detach, and what is trained (and decays) is the deviation. svd="fast" proves that it captures
-          1 - tol of the best |B0 A0|^2, or takes the exact SVD with a warning; PEFT's fast SVD checks nothing
+          stays W after detach, and what is trained (and decays) is the deviation. svd="fast" checks what is left
+          of each singular triple, or takes the exact SVD with a warning; PEFT's fast SVD checks nothing
 """
 
 from ..annotations import Float, Literal, Tensor
