@@ -124,7 +124,7 @@ class Adapter(nn.Module):
                 )
             frozen_matrix = not spec.trainable and len(spec.shape) > 1
             dtype = (matrix_dtype if frozen_matrix else None) or cfg.dtype
-            tensor = torch.zeros((0,) if spec.shared else spec.shape, dtype=dtype, device=device)
+            tensor = torch.empty((0,) if spec.shared else spec.shape, dtype=dtype, device=device)
             if spec.trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:

@@ -124,7 +124,7 @@ def plain(path: str) -> str:
 
 def is_compiled(module: nn.Module) -> bool:
     """By torch.compile(module) or module.compile()."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -287,6 +287,7 @@ def filled(folder: Path, part: Part, options: Options) -> dict[str, Adapter]:
     shared.fill(adapters, values[""])
     for path, adapter in adapters.items():
         if adapter.specs().keys() - values[path].keys() - common.keys():
+            adapter.start(path)
             adapter.init(dense_weight(part.targets[path]))
         for name, value in values[path].items():
             getattr(adapter, name).copy_(value)
