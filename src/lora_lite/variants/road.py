@@ -63,7 +63,8 @@ class RoAd(Adapter):
         return [self.coeff * t[:, rows].expand(n, 2, h).flatten() for t in (self.theta, self.a)]
 
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
-        (theta, a), (phi, b) = self.entries(slice(0, 2)), self.entries(slice(-2, None))
+        theta, a = self.entries(slice(0, 2))
+        phi, b = self.entries(slice(2, 4)) if self.theta.shape[1] == 4 else (theta, a)
         stretch = a - 2 * (1 + a) * (theta / 2).sin().square()  # alpha cos theta - 1; in this form a small a keeps its digits
         shear = (1 + b) * phi.sin()  # alpha sin theta
         n, _, h = self.theta.shape
