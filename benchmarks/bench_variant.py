@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import lora_lite as ll
 from benchmarks import report, team
-from benchmarks.options import value_of
+from benchmarks.options import folder, usable, value_of
 from benchmarks.run import Settings, environment, load_base, make_task, run_variant, settings_json
 from lora_lite.errors import closest
 
@@ -80,6 +80,8 @@ def bench(name: str, pairs: list[str]) -> dict[str, Any]:
     cls = ll.get(name)
     settings, fields, out = parse(pairs, cls)
     ll.config(name, **fields)  # a wrong field fails before anything is loaded
+    folder(str(out))
+    usable(settings.device)
     settings = dataclasses.replace(settings, device=team.joined(settings.device))
     started = time.perf_counter()
     with console.status("loading the base and scoring it untouched"):

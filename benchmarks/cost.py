@@ -39,7 +39,7 @@ from benchmarks.bench_variant import RUNS
 from benchmarks.cost_report import plot, prose, table
 from benchmarks.limit import extra, least_seconds, multiply_adds, rates
 from benchmarks.measure import forward_backward, memory, seconds
-from benchmarks.options import Options, command
+from benchmarks.options import Options, command, folder
 from benchmarks.peers import peer_config
 from benchmarks.run import Settings, environment, fitting, load_base, write_json
 from lora_lite.errors import closest
@@ -155,7 +155,7 @@ def peered(model: nn.Module, cfg: ll.AdapterConfig) -> tuple[nn.Module, float] |
 
 
 def times(subjects: dict[str, nn.Module], ids: Tensor, repeats: int, enough: float = 0.0) -> dict[str, dict[str, list[float]]]:
-    """{subject: {"forward" | "step": seconds of each turn}}, after one that warms up.
+    """{subject: {"forward" | "step": seconds of each turn}}, after a forward of each that warms up; `memory` has run steps.
 
     A round is two turns, the second in the opposite order behind the bare model: who comes after it pays for memory that it did
     not use, some hundredths of a step. At least `repeats` rounds, and more until they have taken `enough` seconds.
@@ -175,10 +175,8 @@ def times(subjects: dict[str, nn.Module], ids: Tensor, repeats: int, enough: flo
 
     found: dict[str, dict[str, list[float]]] = {name: {"forward": [], "step": []} for name in subjects}
     first, *others = subjects
-    turn([first, *others])
-    for kinds in found.values():
-        for values in kinds.values():
-            values.clear()
+    for subject in subjects.values():
+        forward(subject)
     started, rounds = time.perf_counter(), 0
     while rounds < repeats or time.perf_counter() - started < enough:
         turn([first, *others])
@@ -220,7 +218,7 @@ def compare(name: str, base: Bare, mode: str, settings: Cost) -> dict[str, Any]:
         ll.save(ours, path)
         load_seconds = seconds(partial(ll.load, copy.deepcopy(model), path))
         record["ours"] |= {"file_bytes": path.stat().st_size, "load_seconds": load_seconds}
-    timed = {key: compiled(subject) for key, subject in subjects.items()} if mode == "compiled" else subjects
+    timed = {key: compiled(subject, ids) for key, subject in subjects.items()} if mode == "compiled" else subjects
     for subject, found in times(timed, ids, settings.repeats, settings.seconds).items():
         record[subject] = record[subject] | found
     if "peft" in subjects and record["peft"]["step"][0] <= SLOW * record["bare"]["step"][0]:  # the others take minutes to count
@@ -236,8 +234,11 @@ def compare(name: str, base: Bare, mode: str, settings: Cost) -> dict[str, Any]:
     return record
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    return cast(nn.Module, torch.compile(model))
+def compiled(model: nn.Module, ids: Tensor) -> nn.Module:
+    """The compiled model, which has run a step."""
+    fast = cast(nn.Module, torch.compile(model))
+    forward_backward(fast, ids)
+    return fast
 
 
 def tokens(model_name: str, settings: Cost) -> Tensor:
@@ -279,8 +280,7 @@ def run(settings: Cost, console: Console) -> dict[str, Any]:
         "large": lambda done: record["attach"].update(large=cost_attach.large_rows(attach, done)),
         "start": lambda done: record.update(start=cost_start.start_rows(settings)),
     }
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder(settings.out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         for part in settings.parts:

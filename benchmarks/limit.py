@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import forward, seconds
+from benchmarks.measure import forward_backward, seconds
 from lora_lite.runtime import adapters
 
 TENSOR_PASSES = {"forward": 1, "step": 3}  # read in forward and in backward, gradient written
@@ -39,13 +39,14 @@ def flop_counter() -> FlopCounterMode:
 
 
 def multiply_adds(model: nn.Module, ids: Tensor) -> dict[str, int]:
-    """Of one forward, and of one forward + backward."""
-    with flop_counter() as counter:
-        loss = forward(model, ids)
-        before = counter.get_total_flops()
-        loss.backward()
-    model.zero_grad(set_to_none=True)
-    return {"forward": before // 2, "step": counter.get_total_flops() // 2}
+    """Of one forward without gradients, like one before it, and of one forward + backward."""
+    with torch.no_grad():
+        model(input_ids=ids)
+        with flop_counter() as evaluation:
+            model(input_ids=ids)
+    with flop_counter() as step:
+        forward_backward(model, ids)
+    return {"forward": evaluation.get_total_flops() // 2, "step": step.get_total_flops() // 2}
 
 
 def moved_bytes(model: nn.Module, ids: Tensor) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import platform
 import sys
 import time
@@ -242,3 +243,10 @@ def settings_json(settings: Settings) -> dict[str, Any]:
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """The record, whole or not at all."""
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def write_pair(out: Path, name: str, record: dict[str, Any], picture: bytes) -> str:
+    """Write NAME.json and NAME.png into `out`; their paths, as they are shown to the user."""
+    write_json(out / f"{name}.json", record)
+    write_atomically(out / f"{name}.png", picture)
+    return " and ".join(os.path.relpath(out / f"{name}.{kind}") for kind in ("json", "png"))

@@ -16,7 +16,6 @@ benchmarks/runs).
 import dataclasses
 import functools
 import math
-import os
 import random
 import re
 import sys
@@ -24,7 +23,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,10 +33,9 @@ from torch import Tensor, nn
 import lora_lite as ll
 from benchmarks import text
 from benchmarks.bench_variant import RUNS
-from benchmarks.options import Options, command
-from benchmarks.run import BASE, Settings, environment, fitting, load_base, write_json
+from benchmarks.options import Options, command, folder
+from benchmarks.run import BASE, Settings, environment, fitting, load_base, write_pair
 from benchmarks.steering_report import plot, table
-from lora_lite.io import write_atomically
 
 DUE, OTHERWISE = rb"(?<=[ \n(])`+(?=\w)", rb"(?<=[ \n(])[a-z]"
 BYTE = ord("`")
@@ -262,16 +259,12 @@ def experiment(settings: Steering, progress: Progress) -> dict[str, Any]:
 def steer(words: list[str], console: Console) -> dict[str, Any]:
     """Measure, show and write. Raises LoraLiteError for wrong options."""
     settings = Steering.parse(words, "just steering windows=64 seeds=0,1")
+    out = folder(settings.out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         record = experiment(settings, progress)
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    picture = plot(record)
-    write_json(out / "steering.json", record)
-    write_atomically(out / "steering.png", picture)
+    written = write_pair(out, "steering", record, plot(record))
     console.print(table(record))
-    written = " and ".join(os.path.relpath(out / f"steering.{kind}") for kind in ("json", "png"))
     console.print(f"{record['wall_seconds']:.0f} s; wrote {written}", soft_wrap=True)
     return record
 

@@ -278,7 +278,15 @@ def test_command_line_names_the_fault_without_a_traceback():
     assert "Traceback" not in run.stdout + run.stderr
 
 
-@pytest.mark.parametrize(("words", "named"), [(("lora", "r=0"), "r=0"), (("ia3", "r=4"), "would be ignored")])
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("lora", "r=0"), "r=0"),
+        (("ia3", "r=4"), "would be ignored"),
+        (("lora", "device=nowhere"), "device=nowhere cannot be used"),
+        (("lora", f"out={__file__}"), "cannot be written to"),
+    ],
+)
 def test_wrong_config_ends_before_anything_is_loaded(words, named, capsys, monkeypatch):
     monkeypatch.setattr(bench_variant, "load_base", lambda settings: pytest.fail("the base was loaded"))
     with pytest.raises(SystemExit) as left:
@@ -311,7 +319,7 @@ def test_interrupted_run_writes_nothing(tmp_path, capsys, monkeypatch):
         bench_variant.main("lora", ["steps=50", "eval_windows=2", "batch=1", "window=32", f"out={tmp_path / 'runs'}"])
     assert left.value.code == 130
     assert "nothing was written" in capsys.readouterr().out
-    assert not (tmp_path / "runs").exists()
+    assert not any((tmp_path / "runs").iterdir())
 
 
 def test_interrupted_writing_leaves_no_half_file(record, tmp_path, monkeypatch):

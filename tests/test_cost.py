@@ -85,7 +85,7 @@ def test_the_slow_take_fewer_turns_and_each_of_the_others_is_as_often_behind_the
     order.clear()
     cost.times({"bare": bare, "ours": ours, "peft": (peft := Toy(0.002))}, ids, 2)
     behind = [after for before, after in itertools.pairwise(order) if before is bare and after is not bare]
-    assert behind == [ours, ours, peft, ours, peft]  # the first turn warms up
+    assert behind == [ours, ours, peft, ours, peft]  # the first one warms up
     order.clear()
     cost.times({"bare": bare, "ours": ours}, ids, 1, enough=0.1)
     assert len(order) > 6 * 2
@@ -167,6 +167,19 @@ def test_goals_of_kept_bytes_attaching_and_loading_have_a_row_each():
         "| `corda` | memory of attach / model of 4 8B blocks | 0.25 | 0.20 | - | - | yes |",
         "| `lora` | load / reading | 1.50 | 1.50 | - | - | yes |",
     ]
+
+
+def test_goals_of_kept_bytes_beside_lora_leave_out_the_bare_model_and_what_the_formula_needs():
+    tensors, outputs = 5, 40
+    work = {"forward": {"bytes": tensors + 2 * outputs}, "step": {"bytes": 3 * tensors + 4 * outputs}}
+    common = {"mode": "eager", "model": "d512", "bare": {"saved_bytes": 10}, "extra": work}
+    saved = {"lora": 60, "dora": 109, "hra": 75}
+    rows = [{**common, "variant": name, "ours": {"saved_bytes": kept}} for name, kept in saved.items()]
+    assert reached({"rows": rows}) == [
+        "| `dora` | kept / lora's and the outputs | 1.20 | 1.10 (d512) | - | - | yes |",
+        "| `hra` | kept / lora's | 1.20 | 1.30 (d512) | - | - | no |",
+    ]
+    assert reached({"rows": rows[1:]}) == []
 
 
 @pytest.mark.parametrize("name", sorted(PEERS))

@@ -14,7 +14,6 @@ benchmarks/runs).
 
 import dataclasses
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,9 +31,8 @@ from benchmarks.forecast.data import CONTEXT, DISTURBANCES, TASKS, Task, task
 from benchmarks.forecast.report import plot, table
 from benchmarks.forecast.toto_like import forecasting_loss, patches, toto_adamw
 from benchmarks.options import Options, command, folder
-from benchmarks.run import environment, fitting, write_json
+from benchmarks.run import environment, fitting, write_pair
 from lora_lite.errors import closest
-from lora_lite.io import write_atomically
 from lora_lite.objectives import AttentionBarrier
 
 TARGETS = ("wQKV", "wO", r"mlp\.0", r"mlp\.2")
@@ -220,11 +218,8 @@ def forecast(words: list[str], console: Console) -> dict[str, Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         record = experiment(settings, progress)
-    picture = plot(record)
-    write_json(out / "forecast.json", record)
-    write_atomically(out / "forecast.png", picture)
+    written = write_pair(out, "forecast", record, plot(record))
     console.print(table(record))
-    written = " and ".join(os.path.relpath(out / f"forecast.{kind}") for kind in ("json", "png"))
     console.print(f"{record['wall_seconds']:.0f} s; wrote {written}", soft_wrap=True)
     return record
 

@@ -14,7 +14,6 @@ joint=yes also trains on all tasks at once; out=FOLDER (default benchmarks/runs)
 """
 
 import dataclasses
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from torch import nn
 import lora_lite as ll
 from benchmarks.bench_variant import RUNS
 from benchmarks.options import Options, command, folder, usable, value_of
-from benchmarks.run import BASE, Settings, environment, load_base, write_json
+from benchmarks.run import BASE, Settings, environment, load_base, write_pair
 from benchmarks.sequential.data import Pieces, Tokens, Words
 from benchmarks.sequential.model import tier
 from benchmarks.sequential.report import plot, show
@@ -38,7 +37,6 @@ from benchmarks.sequential.summary import finished
 from benchmarks.sequential.tasks import ENTITIES, LEDGERS, LINES, digest
 from lora_lite.config import AdapterConfig
 from lora_lite.errors import closest
-from lora_lite.io import write_atomically
 
 USAGE = "just bench-sequential lora suite=accretion objective=gossip:5 seeds=0,1,2"
 PLAIN = "lora"  # what everything is measured against
@@ -218,11 +216,8 @@ def bench(words: list[str], console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     out = folder(parsed(words)[1].out)
     record = measured(words, console)
-    picture = plot(record)
-    write_atomically(out / f"{name_of(record)}.png", picture)
-    write_json(out / f"{name_of(record)}.json", record)
+    written = write_pair(out, name_of(record), record, plot(record))
     show(record, console)
-    written = " and ".join(os.path.relpath(out / f"{name_of(record)}.{kind}") for kind in ("json", "png"))
     console.print(f"{time.perf_counter() - started:.0f} s; wrote {written}", soft_wrap=True)
     return record
 

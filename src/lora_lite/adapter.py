@@ -116,7 +116,7 @@ class Adapter(nn.Module):
             original=None, handles=[], shared={}, report={},
         )  # fmt: skip
         for name, spec in self.specs().items():
-            if hasattr(self, name):
+            if hasattr(type(self), name) or name in vars(self):
                 raise LoraLiteError(
                     f"{type(self).__name__} declares a tensor {name!r}.",
                     expected="A tensor's name must not be an attribute that Adapter already has.",
@@ -199,7 +199,7 @@ class Adapter(nn.Module):
 
     def reuse(self, make: Callable[[Any], T], base: Any, *of: Tensor) -> T:
         """make(base); with gradients off, the result of the call before where `of` and the base weight are what they were."""
-        return self.kept(make, base, of) if reusable(base, of, self.buffers()) else make(base)
+        return self.kept(make, base, of) if reusable(base, of, self._buffers.values()) else make(base)
 
     def specs(self) -> dict[str, ParamSpec]:
         """The declaration of every tensor, which the variant is asked for once."""

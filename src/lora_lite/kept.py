@@ -33,7 +33,7 @@ class Kept:
         return self.value
 
 
-def reusable(base: Any, of: tuple[Tensor, ...], frozen: Iterable[Tensor]) -> bool:
+def reusable(base: Any, of: tuple[Tensor, ...], frozen: Iterable[Tensor | None]) -> bool:
     """Whether results may be reused: no gradient, no graph that is being recorded, no autocast; `of` are parameters or among
     the `frozen` ones, on the CPU. What torch.func puts in their place is no parameter.
     """

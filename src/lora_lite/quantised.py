@@ -117,7 +117,7 @@ def repacked(weight: Any) -> bool:
 def repacking(model: nn.Module) -> list[nn.Module]:
     """The layers that are repacked when they run in eval mode."""
     present = model.modules() if "bitsandbytes" in sys.modules else ()
-    return [module for module in present if getattr(module, REPACKS, False)]
+    return [module for module in present if vars(module).get(REPACKS)]
 
 
 def keep_trainable(model: nn.Module) -> list[RemovableHandle]:

@@ -2,7 +2,6 @@
 
 import gc
 import re
-import sys
 import warnings
 from collections import Counter
 from typing import cast
@@ -139,18 +138,15 @@ def refuse_wrapped(model: nn.Module) -> None:
                 expected="Adapters join a plain model: hooks that arrive later are not seen.",
                 fix=order,
             )
-    tensors = sys.modules.get("torch.distributed.tensor")
-    if tensors is not None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         for path, parameter in model.named_parameters():
-            if isinstance(parameter, tensors.DTensor):
+            if hasattr(parameter, "full_tensor"):
                 raise LoraLiteError(f"{path} is sharded (DTensor).", expected="Adapters join a plain model.", fix=order)
-    warn_replicated(model)
+        warn_replicated(model)
 
 
 def warn_replicated(model: nn.Module) -> None:
     """Warn where a DistributedDataParallel around this model is alive: parameters that join now are unknown to it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
     wrapper = nn.parallel.DistributedDataParallel
     replicas = [found for found in gc.get_objects() if type(found) is wrapper]
     if any(module is model for replica in replicas for module in replica.modules()):
