@@ -39,11 +39,9 @@ def flop_counter() -> FlopCounterMode:
 
 
 def multiply_adds(model: nn.Module, ids: Tensor) -> dict[str, int]:
-    """Of one forward without gradients, like one before it, and of one forward + backward."""
-    with torch.no_grad():
+    """Of one forward without gradients, in which what the forward before it kept is not computed again, and of one step."""
+    with torch.no_grad(), flop_counter() as evaluation:
         model(input_ids=ids)
-        with flop_counter() as evaluation:
-            model(input_ids=ids)
     with flop_counter() as step:
         forward_backward(model, ids)
     return {"forward": evaluation.get_total_flops() // 2, "step": step.get_total_flops() // 2}

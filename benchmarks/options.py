@@ -48,6 +48,7 @@ class Options:
                 value = tuple(map(kind, value)) if fine else value
                 expected = f"One or more {'words' if kind is str else f'numbers of type {kind.__name__}'}."
             else:
+                value = float(value) if kind is float and type(value) is int else value
                 fine = type(value) is kind and (kind is str or f.name == "seed" or value > 0)
                 expected = f"A value like {f.default!r}."
             if not fine:

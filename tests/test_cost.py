@@ -182,6 +182,10 @@ def test_goals_of_kept_bytes_beside_lora_leave_out_the_bare_model_and_what_the_f
     assert reached({"rows": rows[1:]}) == []
 
 
+def test_whole_numbers_of_seconds_are_numbers_of_seconds():
+    assert Cost.parse(["seconds=8"], "").seconds == 8.0
+
+
 @pytest.mark.parametrize("name", sorted(PEERS))
 def test_peer_adapts_the_same_layers_with_the_same_method(name):
     """As many trained numbers as ours, where the method stores the same ones."""
