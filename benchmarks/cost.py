@@ -234,6 +234,15 @@ def compare(name: str, base: Bare, mode: str, settings: Cost) -> dict[str, Any]:
     return record
 
 
+def control(base: Bare, settings: Cost) -> dict[str, list[float]]:
+    """Two copies of the bare model in the places of ours and PEFT's, one over the other: what the turns can tell apart."""
+    copies = {"bare": base.model, "ours": copy.deepcopy(base.model), "peft": copy.deepcopy(base.model)}
+    for model in copies.values():
+        forward_backward(model, base.ids)
+    found = times(copies, base.ids, settings.repeats, settings.seconds)
+    return {kind: [a / b for a, b in zip(found["ours"][kind], found["peft"][kind])] for kind in ("forward", "step")}
+
+
 def compiled(model: nn.Module, ids: Tensor) -> nn.Module:
     """The compiled model, which has run a step."""
     fast = cast(nn.Module, torch.compile(model))
@@ -250,11 +259,12 @@ Done = Callable[[str], None]  # told what was finished, or begins
 
 
 def step_rows(settings: Cost, record: dict[str, Any], done: Done) -> None:
-    """Fill record["rows"] and record["rates"]."""
-    record |= {"rates": {}, "rows": []}
+    """Fill record["rows"], record["rates"] and record["control"]."""
+    record |= {"rates": {}, "control": {}, "rows": []}
     for model_name in settings.models:
         base = bare(model_name, settings)
         record["rates"][model_name] = base.rates
+        record["control"][model_name] = control(base, settings)
         for mode, name in itertools.product(settings.modes, chosen(settings)):
             record["rows"].append(compare(name, base, mode, settings))
             done(f"{name}, {model_name}")

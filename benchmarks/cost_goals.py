@@ -94,9 +94,19 @@ GOALS_READ = (
 
 def spread(row: dict[str, Any], subject: str, measure: str, beside: str) -> tuple[float, float, float]:
     """Quartiles of the rounds' ratios."""
-    found = pairs(row, subject, measure, beside)
+    return quartiles(pairs(row, subject, measure, beside))
+
+
+def quartiles(found: list[float]) -> tuple[float, float, float]:
     low, _, high = statistics.quantiles(found, n=4) if len(found) > 1 else (found[0],) * 3
     return low, statistics.median(found), high
+
+
+def controlled(record: dict[str, Any]) -> str:
+    """What the turns can tell apart, "" in records without a control."""
+    found = {name: quartiles(ratios["step"]) for name, ratios in record.get("control", {}).items()}
+    shown = ", ".join(f"{mid:.2f} [{low:.2f}, {high:.2f}] ({name})" for name, (low, mid, high) in found.items())
+    return f"Control, a step of two copies of the bare model, one over the other in the same turns: {shown}." if found else ""
 
 
 def verdict(medians: list[float], lows: list[float], most: float) -> str:

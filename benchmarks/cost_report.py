@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.cost_attach_report import section
-from benchmarks.cost_goals import GOALS_READ, cell, label, ratio, reached
+from benchmarks.cost_goals import GOALS_READ, cell, controlled, label, ratio, reached
 from benchmarks.cost_start_report import start_lines
 
 COLUMNS = (
@@ -132,7 +132,7 @@ def page(record: dict[str, Any]) -> str:
         "![Step time over the bare model's: ours, PEFT's, the limit](cost.png)",
     ]
     if goals := reached(record):
-        lines += ["", "## Goals", "", *textwrap.wrap(GOALS_READ, 120), ""]
+        lines += ["", "## Goals", "", *textwrap.wrap(f"{GOALS_READ} {controlled(record)}", 120), ""]
         lines += ["| variant | ratio | at most | measured | limit | products | met |", "|---|---|--:|---|---|---|---|", *goals]
     for model in dict.fromkeys(row["model"] for row in record["rows"]):
         rate = record["rates"][model]

@@ -13,7 +13,7 @@ import torch
 import lora_lite as ll
 from benchmarks import cost, limit, measure
 from benchmarks.cost import Cost
-from benchmarks.cost_goals import GOALS, cell, ratio, reached
+from benchmarks.cost_goals import GOALS, cell, controlled, ratio, reached
 from benchmarks.cost_report import page, plot, table
 from benchmarks.peers import PEERS
 
@@ -136,6 +136,14 @@ def test_page_shows_the_ratios_of_every_row(record):
     ]
     assert next(line for line in text.splitlines() if "`antipasto_ablate` | 2" in line).count(" - ") == 5
     assert "| `lora` | step / PEFT | 1.00 | " in text
+    assert min(record["control"]["d512"]["step"]) > 0
+    assert " ".join(controlled(record).split()) in " ".join(text.split())
+
+
+def test_control_shows_its_quartiles_and_records_without_one_say_nothing():
+    shown = controlled({"control": {"d512": {"step": [0.98, 1.0, 1.02], "forward": [1.0]}}})
+    assert shown.endswith("in the same turns: 1.00 [0.98, 1.02] (d512).")
+    assert controlled({}) == ""
 
 
 def test_goals_are_met_where_every_model_meets_them(record):
