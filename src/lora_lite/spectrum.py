@@ -27,7 +27,7 @@ def left_svd(
            it does not converge, by all eigenvectors in float64, since a float32 Gram matrix fails on the outlier spectra of
            language models. Smallest directions of ill-conditioned matrices go through a float64 SVD.
     fast   in the dtype of M, by `leading_eigenpairs` alone, accepted where |M M^T u_k - s_k^2 u_k| <= s_k^2 sqrt(tol) / 3; else
-           exact, with a warning. tol: what U may miss of the largest |U^T M|^2; it is about the square of that bound.
+           exact, with a warning. tol: share of the largest |U^T M|^2 that may be missed.
     auto   fast where r is at most a sixteenth of a shorter side above 2048.
     Results come in the dtype of M.
     """
