@@ -246,7 +246,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def write_pair(out: Path, name: str, record: dict[str, Any], picture: bytes) -> str:
-    """Write NAME.json and NAME.png into `out`; their paths, as they are shown to the user."""
-    write_json(out / f"{name}.json", record)
+    """Write NAME.png and NAME.json into `out`, the record last; their paths, as they are shown to the user."""
     write_atomically(out / f"{name}.png", picture)
+    write_json(out / f"{name}.json", record)
     return " and ".join(os.path.relpath(out / f"{name}.{kind}") for kind in ("json", "png"))

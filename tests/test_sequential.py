@@ -15,6 +15,7 @@ import lora_lite as ll
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+from benchmarks import run as benchmarks_run
 from benchmarks.forecast.bench import forecast
 from benchmarks.sequential import bench as sequential
 from benchmarks.sequential import run as sequential_run
@@ -499,7 +500,7 @@ def test_ctrl_c_leaves_nothing(moment, tmp_path, monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sequential, moment, stop)
+    monkeypatch.setattr(benchmarks_run if moment.startswith("write_") else sequential, moment, stop)
     if moment != "sequence":
         monkeypatch.setattr(
             sequential,
