@@ -4,7 +4,6 @@ The model has the shapes of Qwen3-0.6B (28 blocks, 196 layers, 1.8 GB in float32
 """
 
 import gc
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import transformers
 from torch import nn
 
 import lora_lite as ll
+from benchmarks import cost_goals
 from benchmarks.measure import seconds
 from benchmarks.peers import peer_config
 
@@ -113,5 +113,5 @@ def attached_by_peft(model: nn.Module, cfg: ll.AdapterConfig) -> float:
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
-    return {"median": statistics.median(values), "low": low, "high": high}
+    low, median, high = cost_goals.quartiles(values)
+    return {"median": median, "low": low, "high": high}
