@@ -3,14 +3,15 @@
 Pure functions, shapes as einsum letters: o outputs, i inputs, n either, r rank, b block size.
 """
 
-import math
 import warnings
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .errors import LoraLiteWarning
+from .lanczos import fast_in_bfloat16, lanczos, orthonormal, powered
 
 BLOCK = 128  # rows of a symmetric matrix that are worked on at a time
 MOST_ROWS = 1024  # of a matrix that are copied at a time to another precision
@@ -21,13 +22,12 @@ def left_svd(
 ) -> tuple[Tensor, Tensor]:
     """The r leading (or smallest) left singular vectors of M (o, i): U (o, r) orthonormal and S (r,), descending.
 
-    Both go through the Gram matrix of the shorter side.
-
-    exact  few directions by `leading_eigenpairs`, in float32 only where that is as precise as an SVD in float32; many, or where
-           it does not converge, by all eigenvectors in float64, since a float32 Gram matrix fails on the outlier spectra of
-           language models. Smallest directions of ill-conditioned matrices go through a float64 SVD.
-    fast   in the dtype of M, by `leading_eigenpairs` alone, accepted where |M M^T u_k - s_k^2 u_k| <= s_k^2 sqrt(tol) / 3; else
-           exact, with a warning. tol: share of the largest |U^T M|^2 that may be missed.
+    exact  by the Gram matrix of the shorter side. Few directions by `leading_eigenpairs`, in float32 only where that is as
+           precise as an SVD in float32; many, or where it does not converge, by all eigenvectors in float64, since a float32
+           Gram matrix fails on the outlier spectra of language models. Smallest ones of ill-conditioned M: a float64 SVD.
+    fast   without a Gram matrix: `lanczos` on M in bfloat16, where the device has instructions for that and tol allows it, else
+           in the dtype of M. Accepted where |M M^T u_k - s_k^2 u_k| <= s_k^2 sqrt(tol) / 3 in the dtype of M; else exact, with
+           a warning. tol: share of the largest |U^T M|^2 that may be missed.
     auto   fast where r is at most a sixteenth of a shorter side above 2048.
     Results come in the dtype of M.
     """
@@ -59,28 +59,30 @@ def exact_left_svd(M: Tensor, r: int, smallest: bool) -> tuple[Tensor, Tensor]:
 
 
 def fast_left_svd(M: Tensor, r: int, tol: float) -> tuple[Tensor, Tensor] | None:
-    """What `left_svd` calls fast, None where it cannot be had. In float64 where values are too far apart for the dtype of M."""
-    for dtype in (M.dtype, torch.float64):
-        G = gram(M if M.shape[0] <= M.shape[1] else M.T, dtype)
-        found = leading_eigenpairs(G, r, tol, residual=tol**0.5 / 3, proven=False)
+    """What `left_svd` calls fast; None where it cannot be had."""
+    wide = M if M.shape[0] <= M.shape[1] else M.T
+    residual = tol**0.5 / 3
+    coarse = fast_in_bfloat16(M.device) and residual > torch.finfo(torch.bfloat16).eps
+    for dtype in (torch.bfloat16, M.dtype) if coarse else (M.dtype,):
+        near = next(lanczos(partial(times_gram, M=wide.to(dtype)), wide, r, residual), None)
+        found = near and powered(wide, near[0], residual)
         if found is not None:
             return from_eigenvectors(M, *found)
     return None
 
 
+def times_gram(rows: Tensor, M: Tensor) -> Tensor:
+    """rows M M^T (b, n) of rows (b, n) and M (n, m), in the precision of M."""
+    return (rows.to(M.dtype) @ M @ M.T).to(rows.dtype)
+
+
 def from_eigenvectors(M: Tensor, V: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """U (o, r) and S (r,) of M (o, i) from eigenvectors V of the Gram matrix of its shorter side, and their eigenvalues."""
+    S = values.clamp(min=0).sqrt().to(M.dtype)
     if M.shape[0] <= M.shape[1]:
-        return V.to(M.dtype), values.clamp(min=0).sqrt().to(M.dtype)
+        return V.to(M.dtype), S
     # M v / s loses orthogonality where s is small; QR restores it.
-    U, S = orthonormal(torch.cat([rows.to(V.dtype) @ V for rows in M.split(MOST_ROWS)]))
-    return U.to(M.dtype), S.to(M.dtype)
-
-
-def orthonormal(V: Tensor) -> tuple[Tensor, Tensor]:
-    """V (n, r), nearly orthogonal columns, made orthonormal without a change of sign, and their lengths (r,)."""
-    Q, R = torch.linalg.qr(V)
-    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0), R.diagonal().abs()
+    return orthonormal(torch.cat([rows.to(V.dtype) @ V for rows in M.split(MOST_ROWS)]))[0].to(M.dtype), S
 
 
 def gram(M: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,51 +126,19 @@ def top_eigenvectors(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return found
 
 
-def leading_eigenpairs(G: Tensor, r: int, tol: float, residual: float, proven: bool = True) -> tuple[Tensor, Tensor] | None:
-    """(V (n, r), values (r,)), descending, of a symmetric G (n, n); None where half the space does not suffice, and where the
-    first value is so far above the r-th that rounding, sqrt(n) times it, exceeds `tol` of that.
+def leading_eigenpairs(G: Tensor, r: int, tol: float, residual: float) -> tuple[Tensor, Tensor] | None:
+    """(V (n, r), values (r,)), descending, of a symmetric G (n, n), with |G v_k - q_k v_k| <= residual q_k.
 
-    Block Lanczos with full orthogonalization from a fixed random start, until |G v_k - q_k v_k| <= residual q_k for all k.
-    proven: then `nearly_all` must prove that sum q_k is at least 1 / (1 + tol) of the largest sum there is, whatever the start
-    missed, which takes n^3 / 6 multiply-adds.
+    `nearly_all` proves, in n^3 / 6 multiply-adds, that sum q_k is at least 1 / (1 + tol) of the largest sum there is, whatever
+    the start of `lanczos` missed. None where half the space does not suffice for that, and where the first value is so far
+    above the r-th that rounding, sqrt(n) times it, exceeds `tol` of that.
     """
-    n, b = len(G), max(8, r // 2)
-    most = max(n // 2, 3 * b) // b * b
-    if most + b > n:
-        return None
-    Q, T = G.new_empty(most + b, n), G.new_zeros(most + b, most + b)  # vectors are rows: products are fastest so
-    start = torch.randn(n, b, generator=torch.Generator().manual_seed(0), device="cpu").to(G)
-    Q[:b] = torch.linalg.qr(start).Q.T
-    check = min(most, max(3 * b, int(5 * n**0.5)))  # what a random matrix needs, the hardest there is
-    earlier, rounding = (0, 1.0), n**0.5 * torch.finfo(G.dtype).eps
-    for j in range(b, most + 1, b):
-        known, last, near = Q[:j], slice(j - b, j), slice(max(0, j - 2 * b), j)
-        Z = (G @ Q[last].T).T  # its parts along blocks before the two last ones are rounding
-        T[last, near] = H = Z @ Q[near].T
-        T[near, last] = H.T
-        step, R = torch.linalg.qr(Z.addmm_(H, Q[near], alpha=-1).T)
-        for _ in range(4):  # against that rounding, and again where it was most of what is left, as Z had no full rank
-            step, S = torch.linalg.qr((step.T - step.T @ known.T @ known).T)
-            R = S @ R
-            if S.diagonal().abs().min() > 0.5:
-                break
-        Q[j : j + b] = step.T
-        if j < check:
-            continue
-        values, vectors = torch.linalg.eigh(T[:j, :j])
-        q, Y = values[-r:].flip(0), vectors[:, -r:].flip(1)
-        reached = float(((R @ Y[last]).norm(dim=0) / q).max())
-        if reached < 0.1 and rounding * q[0] > tol * q[-1]:
+    rounding = len(G) ** 0.5 * torch.finfo(G.dtype).eps
+    for V, q in lanczos(lambda rows: (G @ rows.T).T, G, r, residual):
+        if rounding * q[0] > tol * q[-1]:
             return None
-        if reached <= residual:
-            V = orthonormal((Y.T @ known).T)[0]
-            if not proven or nearly_all(G, V, q, tol):
-                return V, q
-            residual = reached / 2
-        # Looking costs j^3: the rate so far tells when it may be enough.
-        rate = math.log(earlier[1] / reached) / (j - earlier[0]) if 0 < reached < earlier[1] else 0.0
-        check = min(most, j + min(math.log(max(reached / residual, 1)) / rate, j / 2) if rate else 1.5 * j)
-        earlier = (j, reached)
+        if nearly_all(G, V, q, tol):
+            return V, q
     return None
 
 
