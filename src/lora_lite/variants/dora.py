@@ -46,14 +46,14 @@ class DoRA(Adapter):
         self.m.copy_(self.w2.sqrt())
 
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
-        gain, B = self.reuse(self.rescaled, base, self.A, self.B, self.m, self.w2)
-        return add_products(y, [(lin(x, self.A), B)], self.coeff * self.s, self.coeff * (gain - 1), base.bias)
+        stretch, B = self.reuse(self.rescaled, base, self.A, self.B, self.m, self.w2)
+        return add_products(y, [(lin(x, self.A), B)], self.coeff * self.s, self.coeff * stretch, base.bias)
 
     def rescaled(self, base: Any) -> tuple[Float[Tensor, " o"], Float[Tensor, "o r"]]:
-        """m/n and diag(m/n) B: that costs o r numbers per call, (m/n) * (B A x) would cost o per token."""
+        """m/n - 1 and diag(m/n) B: that costs o r numbers per call, (m/n) * (B A x) would cost o per token."""
         A, B, s = self.A, self.B, self.s
         with torch.no_grad():
             n2 = self.w2 + s * ((2 * base(A).T + s * B @ (A @ A.T)) * B).sum(1)
             n = n2.maximum(torch.finfo(n2.dtype).eps * self.w2).sqrt()
         gain = self.m / n
-        return gain, gain[:, None] * B
+        return gain - 1, gain[:, None] * B
