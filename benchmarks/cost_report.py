@@ -120,6 +120,8 @@ def page(record: dict[str, Any]) -> str:
         "Models: `base` is the embedded one (six blocks, 192 wide); `d512` and `d1024` are two Qwen3 blocks of that width with "
         "random weights, an inner width of three times that and half as many key and value heads."
     )
+    if settings["device"] == "cpu":
+        models += " No GPU was at hand: times there, and of compiled steps on one, are unmeasured."
     lines = [
         "# What adapters cost",
         "",

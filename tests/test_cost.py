@@ -124,6 +124,11 @@ def test_peak_memory_counts_what_lives_at_once():
     assert many - few == 4 * 256 * 256 * 4
 
 
+def test_page_says_what_is_unmeasured(record):
+    assert "on one, are unmeasured" in " ".join(page(record).split())
+    assert "unmeasured" not in page(record | {"settings": record["settings"] | {"device": "cuda"}})
+
+
 def test_page_shows_the_ratios_of_every_row(record):
     text = page(record)
     steady = [1.0] * 5
