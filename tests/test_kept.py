@@ -16,27 +16,39 @@ from lora_lite.testing import toy
 class Calls:
     """Counts what it is asked to make."""
 
-    def __init__(self, *of):
-        self.of, self.count = of, 0
+    def __init__(self, base, *of):
+        self.base, self.of, self.count = base, of, 0
 
-    def __call__(self, base):
+    def __call__(self):
         self.count += 1
-        return sum(tensor.double().sum() for tensor in self.of) + base.layer.weight.double().sum()
+        return sum(tensor.double().sum() for tensor in self.of) + self.base.layer.weight.double().sum()
 
 
 @pytest.fixture
 def setting():
     layer = nn.Linear(6, 4)
     of = nn.Parameter(toy.inputs(3, 6)), toy.inputs(4)
-    return Base(layer), of, Calls(*of), Kept()
+    return Base(layer), of, Calls(Base(layer), *of), Kept()
 
 
 def test_a_result_is_made_once_while_nothing_changes(setting):
     base, of, make, kept = setting
-    first = kept(make, base, of)
-    assert kept(make, base, of) is first
-    assert kept(make, Base(base.layer), tuple(t.detach().clone() for t in of)) is first
+    first = kept(make, of, base)
+    assert kept(make, of, base) is first
+    assert kept(make, tuple(t.detach().clone() for t in of), Base(base.layer)) is first
     assert make.count == 1
+    assert kept(make, of) is first, "without a base its weight does not matter"
+
+
+@pytest.mark.parametrize("numbers", [(0.5, 1.0), (1.0, -1.0), (1, 1.0)])
+def test_another_number_makes_it_anew(setting, numbers):
+    _, of, make, kept = setting
+    before, after = numbers
+    kept(make, (*of, before))
+    kept(make, (*of, before))
+    assert make.count == 1
+    kept(make, (*of, after))
+    assert make.count == 2
 
 
 ALIVE = []
@@ -58,27 +70,27 @@ CHANGES = {
 def test_every_change_makes_it_anew(setting, name):
     base, of, make, kept = setting
     with torch.no_grad():
-        first = kept(make, base, of)
+        first = kept(make, of, base)
         CHANGES[name](base.layer, of)
-        assert torch.equal(kept(make, base, of), make(base)) or name == "dtype"
+        assert torch.equal(kept(make, of, base), make()) or name == "dtype"
     assert make.count == 3
-    assert kept(make, base, of) is not first
+    assert kept(make, of, base) is not first
 
 
 def test_nothing_is_reused_where_a_graph_or_other_arithmetic_could_differ(setting):
     base, of, *_ = setting
     frozen = of[1:]
-    assert not reusable(base, of, frozen)
+    assert not reusable(of, frozen, base)
     with torch.no_grad():
-        assert reusable(base, of, frozen)
+        assert reusable(of, frozen, base)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not reusable(base, of, frozen)
-        assert not reusable(lambda z: z, of, frozen)
-        assert not reusable(base, of, ())
-        assert not reusable(base, (nn.Parameter(of[0].to("meta")),), frozen)
+            assert not reusable(of, frozen, base)
+        assert not reusable(of, frozen, lambda z: z)
+        assert not reusable(of, (), base)
+        assert not reusable((nn.Parameter(of[0].to("meta")),), frozen, base)
     with torch.inference_mode():
-        assert reusable(base, of, frozen)
-        assert not reusable(Base(nn.Linear(2, 2)), of, frozen)
+        assert reusable(of, frozen, base)
+        assert not reusable(of, frozen, Base(nn.Linear(2, 2)))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -94,14 +106,41 @@ def test_mapped_parameters_are_not_compared():
         assert torch.allclose(found[1], model(x), atol=1e-5)
 
 
-def adapted():
+def adapted(variant="dora", **fields):
     model = toy.toy()
-    toy.perturb(ll.attach(model, ll.config("dora", r=2, targets="all-linear", roles=None)))
+    toy.perturb(ll.attach(model, ll.config(variant, targets="all-linear", roles=None, **fields)))
     return model, toy.inputs(2, 5, toy.WIDTH)
 
 
-def test_what_is_reused_is_what_a_step_with_gradients_computes():
-    model, x = adapted()
+REUSING = {
+    "dora": {"r": 2},
+    "oft": {},
+    "boft": {"block_size": 2, "n_factors": 2},
+    "hra": {"r": 2},
+    "antipasto_rot": {"r": 4, "rotate": "both"},
+}
+
+
+@pytest.mark.parametrize("variant", REUSING)
+def test_variants_make_it_once_without_gradients_and_at_every_step_with_them(variant, monkeypatch):
+    made, call = [], Kept.__call__
+    monkeypatch.setattr(Kept, "__call__", lambda kept, make, *rest: call(kept, lambda: made.append(kept) or make(), *rest))
+    model, x = adapted(variant, **REUSING[variant])
+    layers = len(ll.status(model).layers)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+    assert len(made) == len({id(kept) for kept in made}) == layers
+    with torch.no_grad(), ll.scale(model, 0.5):
+        model(x)
+    assert len(made) == (layers if variant in ("dora", "hra") else 2 * layers), "they are linear in the coefficient"
+    model(x).sum().backward()
+    assert len(made) <= 2 * layers
+
+
+@pytest.mark.parametrize("variant", REUSING)
+def test_what_is_reused_is_what_a_step_with_gradients_computes(variant):
+    model, x = adapted(variant, **REUSING[variant])
     wanted = model(x).detach()
     with torch.no_grad():
         for _ in range(3):

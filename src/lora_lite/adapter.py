@@ -197,9 +197,9 @@ class Adapter(nn.Module):
     def kept(self) -> Kept:
         return Kept()
 
-    def reuse(self, make: Callable[[Any], T], base: Any, *of: Tensor) -> T:
-        """make(base); with gradients off, the result of the call before where `of` and the base weight are what they were."""
-        return self.kept(make, base, of) if reusable(base, of, self._buffers.values()) else make(base)
+    def reuse(self, make: Callable[[], T], *of: Tensor | float, base: Any = None) -> T:
+        """make(); with gradients off, the result of the call before where `of` and the weight of `base` are what they were."""
+        return self.kept(make, of, base) if reusable(of, self._buffers.values(), base) else make()
 
     def specs(self) -> dict[str, ParamSpec]:
         """The declaration of every tensor, which the variant is asked for once."""

@@ -9,10 +9,13 @@ start     theta = 0, d = d_init (not 0 for losses even in the angle, which have 
 coeff     multiplies d and X; R(-c) = R(c)^T, so with d = 0 and one side -1 undoes 1; R(2) is not R(1)^2
 identity  exact where d_init = 0, else at coeff 0 only
 invariant R is orthogonal; at |c| <= 1 no eigen-angle exceeds max_angle; components of y outside span(U) stay
-cost      r + r(b-1)/2 per side trained, o r + r frozen; 2 o r + r b + 4 r multiply-adds per token and side; r/b solves per call
+cost      r + r(b-1)/2 per side trained, o r + r frozen; 2 o r + r b + 4 r multiply-adds per token and side; r/b solves per
+          call, which without gradients are reused
 differs   the paper turns all r directions at once (block_size=r); the reference leaves c out, caps entries of X, which does not
           cap the angle, and stores theta/4; wassname/AntiPaSTO turns the other way round
 """
+
+from functools import partial
 
 from ..annotations import Float, Literal, Parameter, Tensor
 from ..contract import ParamSpec, Specs, dataclass, register
@@ -48,8 +51,15 @@ class AntiPaSTORot(OutputSubspace):
         return per_value(self.coeff, h, self.at, values=self.values)
 
     def at(self, c: float | Tensor, h: Float[Tensor, "... r"]) -> Float[Tensor, "... r"]:
-        b, angle, sigma = self.cfg.block_size, self.cfg.max_angle, floored(self.sigma)
+        sigma, N = floored(self.sigma), self.reuse(partial(self.shifts, c), *self.thetas().values(), c)
         p = h / sigma
-        turned = 0 * p if self.cfg.rotate == "U" else block_product(p, rotation(self.theta_v, c, b, angle).mT)
+        turned = block_product(p, N["V"].mT) if "V" in N else 0 * p
         delta = sigma * turned + c * self.d * (p + turned)
-        return delta if self.cfg.rotate == "V" else delta + block_product(h + delta, rotation(self.theta_u, c, b, angle))
+        return delta + block_product(h + delta, N["U"]) if "U" in N else delta
+
+    def thetas(self) -> dict[str, Float[Parameter, "n m"]]:
+        return {side: getattr(self, f"theta_{side.lower()}") for side in "VU" if self.cfg.rotate in (side, "both")}
+
+    def shifts(self, c: float | Tensor) -> dict[str, Float[Tensor, "n b b"]]:
+        """N of each side that turns."""
+        return {side: rotation(theta, c, self.cfg.block_size, self.cfg.max_angle) for side, theta in self.thetas().items()}

@@ -14,12 +14,10 @@ identity  exact: D_f - I is solved for, and is 0 at q = 0; g = 0
 invariant R is orthogonal with determinant 1 for every q and c, so without scale W' W'^T = W W^T; a row of R has at most
           b 2^(m-1) entries other than 0
 cost      m i (b-1)/2 trained (scale: + o), none frozen; m i b multiply-adds per token (+ o), m n solves of size b per call;
-          a tensor of coefficients takes one pass per distinct value and factor
+          a tensor of coefficients takes one pass per distinct value and factor; without gradients D_f is reused while it holds
 differs   the skew numbers alone are stored, PEFT stores full blocks D and uses (D^T - D)/2; the scale is off by default and
           stored as its deviation g; permutations are reshapes, not matrices; no dropout of blocks
 """
-
-from functools import partial
 
 from einops import rearrange
 
@@ -61,13 +59,17 @@ class BOFT(Adapter):
         return {"q": q, "g": ParamSpec((d_out,), identity=0, decay=True)} if cfg.scale else {"q": q}
 
     def forward_input(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
-        for f in reversed(range(self.cfg.n_factors)):
-            x = x + per_value(self.coeff, x, partial(self.turned, f), values=self.values)
+        return per_value(self.coeff, x, self.turned, at_zero=x, values=self.values)
+
+    def turned(self, c: float | Tensor, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
+        b = self.cfg.block_size
+        shifts = self.reuse(lambda: cayley_shift(c * skew(self.q.flatten(0, 1), b)), self.q, c)
+        for f, N in reversed([*enumerate(shifts.chunk(self.cfg.n_factors))]):
+            x = x + self.wired(f, N, x)
         return x
 
-    def turned(self, f: int, c: float | Tensor, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
-        """x P_f (D_f - I) P_f^T."""
-        N = cayley_shift(c * skew(self.q[f], self.cfg.block_size))
+    def wired(self, f: int, N: Float[Tensor, "n b b"], x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
+        """x P_f N P_f^T."""
         if f == 0:
             return block_product(x, N)
         sizes = {"two": 2, "e": 2**f, "t": self.cfg.block_size // 2}

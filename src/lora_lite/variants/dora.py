@@ -13,6 +13,8 @@ differs   the paper forms V to take its norm; here n^2 = w2 + 2s (W A^T . B) + s
           o x i matrix, held above rounding noise where B A cancels a row of W; without gradients m/n is reused while it holds
 """
 
+from functools import partial
+
 import torch
 
 from ..annotations import Any, Float, Parameter, Tensor
@@ -46,7 +48,7 @@ class DoRA(Adapter):
         self.m.copy_(self.w2.sqrt())
 
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
-        stretch, B = self.reuse(self.rescaled, base, self.A, self.B, self.m, self.w2)
+        stretch, B = self.reuse(partial(self.rescaled, base), self.A, self.B, self.m, self.w2, base=base)
         return add_products(y, [(lin(x, self.A), B)], self.coeff * self.s, self.coeff * stretch, base.bias)
 
     def rescaled(self, base: Any) -> tuple[Float[Tensor, " o"], Float[Tensor, "o r"]]:

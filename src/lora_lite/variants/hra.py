@@ -10,7 +10,7 @@ coeff     moves x in a straight line to Q x; 0.5 stops halfway, inside the spher
 identity  exact: d = 0, and the entries of M that join u to u are then exactly 0
 invariant Q is orthogonal with determinant 1 and rank(W' - W) <= r at every V; |x'| <= |x| for 0 <= c <= 1; lengths and signs
           of the rows of V have no influence
-cost      r i trained, none frozen; 2 r i multiply-adds per token, 2 r^2 i + r^3 per call
+cost      r i trained, none frozen; 2 r i multiply-adds per token, 2 r^2 i + r^3 per call, which without gradients is reused
 differs   an odd r is refused, it cannot start at the base; no Gram-Schmidt mode, it breaks down where rows start equal; the
           paper's pull towards orthogonal rows is `penalty()`, for the training script to add to its loss
 """
@@ -49,8 +49,13 @@ class HRA(Adapter):
         return {"V": ParamSpec((cfg.r, d_in), equal_pairs)}
 
     def forward_input(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
+        MP, P = self.reuse(self.factors, self.V)
+        return add_low_rank(x, x, MP, P.T, -self.coeff)
+
+    def factors(self) -> tuple[Float[Tensor, "r i"], Float[Tensor, "r i"]]:
+        """M P and P."""
         P, M = reflections(self.V)
-        return add_low_rank(x, x, M @ P, P.T, -self.coeff)
+        return M @ P, P
 
     def penalty(self) -> Float[Tensor, ""]:
         """|U U^T - I|_F^2 over the unit rows U of V: 0 where the rows are orthogonal."""

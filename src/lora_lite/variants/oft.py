@@ -11,7 +11,7 @@ coeff     turns by the angles 2 arctan(c t) where 2 arctan(t) are those at 1: 0.
 identity  exact: R_k - I is solved for, and is 0 at X_k = 0
 invariant R(c) is orthogonal with determinant 1 for every q and c, so W' W'^T = W W^T; blocks do not mix
 cost      i (b-1)/2 trained, none frozen; i b multiply-adds per token and n solves of size b per call; a tensor of coefficients
-          takes one pass per distinct value
+          takes one pass per distinct value; without gradients R is reused while it holds
 differs   the Cayley transform is solved exactly, not cut off as a series; sign of q as above, PEFT's exact branch has the other
           one; no bound on R (COFT), no blocks that share their numbers
 """
@@ -50,5 +50,8 @@ class OFT(Adapter):
         return {"q": ParamSpec((d_in // b, b * (b - 1) // 2), identity=0, decay=True)}
 
     def forward_input(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
-        X = skew(self.q, self.d_in // len(self.q))
-        return per_value(self.coeff, x, lambda c, z: block_turn(z, cayley_shift(c * X)), at_zero=x, values=self.values)
+        return per_value(self.coeff, x, self.turned, at_zero=x, values=self.values)
+
+    def turned(self, c: float | Tensor, x: Float[Tensor, "... i"]) -> Float[Tensor, "... i"]:
+        b = self.d_in // len(self.q)
+        return block_turn(x, self.reuse(lambda: cayley_shift(c * skew(self.q, b)), self.q, c))
