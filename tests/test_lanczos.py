@@ -14,7 +14,7 @@ N, R = 256, 6
 
 
 def symmetric(values, dtype=torch.float64):
-    Q = orthonormal(toy.inputs(N, N, dtype=torch.float64))[0]
+    Q = orthonormal(toy.inputs(N, N, dtype=torch.float64))
     return (Q * values @ Q.T).to(dtype)
 
 
@@ -74,7 +74,7 @@ def near(M, r, angle):
 def test_powered_turns_what_spans_the_directions_into_them():
     M = toy.inputs(40, 60, dtype=torch.float64)
     U, S, _ = torch.linalg.svd(M)
-    mixed = U[:, :5] @ orthonormal(toy.inputs(5, 5, dtype=torch.float64))[0]
+    mixed = U[:, :5] @ orthonormal(toy.inputs(5, 5, dtype=torch.float64))
     V, q = powered(M, mixed, 1e-10)
     assert error(q, S[:5].square()) < 1e-12
     assert error((V * U[:, :5]).sum(0).abs(), torch.ones(5)) < 1e-12
@@ -112,10 +112,15 @@ def test_powered_gives_directions_that_the_matrix_lacks_the_value_zero():
 )
 def test_a_processor_is_fast_in_bfloat16_where_it_has_the_instructions(capabilities, fast, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert fast_in_bfloat16(torch.device("cpu")) is fast
     assert not fast_in_bfloat16(torch.device("meta"))
 
 
-def test_a_torch_that_cannot_tell_is_taken_for_slow(monkeypatch):
+def test_a_torch_that_cannot_tell_or_does_not_use_them_is_taken_for_slow(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True}, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not fast_in_bfloat16(torch.device("cpu"))
+    monkeypatch.undo()
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert not fast_in_bfloat16(torch.device("cpu"))

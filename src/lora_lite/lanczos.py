@@ -13,7 +13,7 @@ from torch import Tensor
 def lanczos(times: Callable[[Tensor], Tensor], like: Tensor, r: int, residual: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Better and better (V (n, r), q (r,)) of a symmetric G: V orthonormal, q descending.
 
-    times   (b, n) -> (b, n): rows times G
+    times   (b, n) -> (b, n), a new tensor: rows times G
     like    (n, ...): dtype and device of the result
     The first pair comes where |G v_k - q_k v_k| <= residual q_k for all k by the recurrence, each other one at half of what the
     one before reached; ends at half the space. Full orthogonalization, from a fixed random start.
@@ -45,7 +45,7 @@ def lanczos(times: Callable[[Tensor], Tensor], like: Tensor, r: int, residual: f
         q, Y = values[-r:].flip(0), vectors[:, -r:].flip(1)
         reached = float(((R @ Y[last]).norm(dim=0) / q).max())
         if reached <= residual:
-            yield orthonormal((Y.T @ known).T)[0], q
+            yield orthonormal((Y.T @ known).T), q
             residual = reached / 2
         # Looking costs j^3: the rate so far tells when it may be enough.
         rate = math.log(earlier[1] / reached) / (j - earlier[0]) if 0 < reached < earlier[1] else 0.0
@@ -65,21 +65,23 @@ def powered(M: Tensor, V: Tensor, residual: float) -> tuple[Tensor, Tensor] | No
         q, Y = values.flip(0), Y.flip(1)
         Z = Z @ Y
         precise = (Z - V @ Y * q).norm(dim=0) <= residual * q
-        V = orthonormal(Z)[0]
+        V = orthonormal(Z)
         if bool(precise.all()):
             return V, q
     return None
 
 
-def orthonormal(V: Tensor) -> tuple[Tensor, Tensor]:
-    """V (n, r), nearly orthogonal columns, made orthonormal without a change of sign, and their lengths (r,)."""
+def orthonormal(V: Tensor) -> Tensor:
+    """V (n, r), nearly orthogonal columns, made orthonormal without a change of sign."""
     Q, R = torch.linalg.qr(V)
-    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0), R.diagonal().abs()
+    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
 
 
 def fast_in_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for products of bfloat16; False where torch cannot tell."""
+    """Whether a device has instructions for products of bfloat16 and torch uses them; False where torch cannot tell."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older versions lack it
-    return device.type == "cpu" and any(there for name, there in capabilities.items() if "bf16" in name)
+    return any(there for name, there in capabilities.items() if "bf16" in name)

@@ -82,7 +82,7 @@ def from_eigenvectors(M: Tensor, V: Tensor, values: Tensor) -> tuple[Tensor, Ten
     if M.shape[0] <= M.shape[1]:
         return V.to(M.dtype), S
     # M v / s loses orthogonality where s is small; QR restores it.
-    return orthonormal(torch.cat([rows.to(V.dtype) @ V for rows in M.split(MOST_ROWS)]))[0].to(M.dtype), S
+    return orthonormal(torch.cat([rows.to(V.dtype) @ V for rows in M.split(MOST_ROWS)])).to(M.dtype), S
 
 
 def gram(M: Tensor, dtype: torch.dtype) -> Tensor:
