@@ -198,8 +198,22 @@ class ReusesBlindly(Sound):
     """What it keeps depends on B too."""
 
     def forward(self, x, y, base):
-        BA = self.reuse(lambda base: self.B @ self.A, base, self.A)
+        BA = self.reuse(lambda: self.B @ self.A, self.A)
         return y + linalg.lin(x, BA) * (self.coeff * self.s)
+
+
+class ReusesAtAnyCoefficient(Sound):
+    def forward(self, x, y, base):
+        BA = self.reuse(lambda: self.coeff * self.s * self.B @ self.A, self.A, self.B)
+        return y + linalg.lin(x, BA)
+
+
+class ReusesOnAnyBase(Sound):
+    """The map depends on the base weight: rows are scaled by what W makes of the rows of A."""
+
+    def forward(self, x, y, base):
+        strength = self.reuse(lambda: base(self.A).square().sum(), self.A)
+        return y + linalg.low_rank(x, self.A, self.B) * (self.coeff * self.s * strength)
 
 
 class HasLinearChildren(Sound):
@@ -233,6 +247,8 @@ FAULTS = {
     UselessTensor: "check_every_tensor_matters",
     ForgetsAnOption: "check_config_goes_to_json_and_back",
     ReusesBlindly: "check_reuses_nothing_stale",
+    ReusesAtAnyCoefficient: "check_reuses_nothing_stale",
+    ReusesOnAnyBase: "check_reuses_nothing_stale",
     HasLinearChildren: "check_specs_are_declarative",
 }
 
