@@ -319,7 +319,7 @@ def measure(words: list[str], console: Console) -> None:
 
 
 def main(words: list[str]) -> None:
-    command(words, __doc__, measure, "what was measured stands in cost.json")
+    command(words, __doc__, measure, "the rows that were finished, if any, stand in cost.json")
 
 
 if __name__ == "__main__":
