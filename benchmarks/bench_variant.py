@@ -7,7 +7,6 @@ On several processes: accelerate launch --multi_gpu --num_processes 2 -m benchma
 
 import dataclasses
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import lora_lite as ll
 from benchmarks import report, team
 from benchmarks.options import folder, usable, value_of
-from benchmarks.run import Settings, environment, load_base, make_task, run_variant, settings_json
+from benchmarks.run import Settings, environment, load_base, make_task, run_variant, settings_json, write_pair
 from lora_lite.errors import closest
 
 console = Console(quiet=not team.is_first())
@@ -117,11 +116,10 @@ def bench(name: str, pairs: list[str]) -> dict[str, Any]:
         return record
     record["paired"] = report.paired(record)
     record["wall_seconds"] = round(time.perf_counter() - started, 1)
-    json_path, png_path = report.write(record, out)
+    written = write_pair(out, record["variant"], record, report.plot(record))
     report.show(record, console)
-    shown = " and ".join(os.path.relpath(path) for path in (json_path, png_path))
     on = f" on {team.size()} processes" if team.size() > 1 else ""
-    console.print(f"{record['wall_seconds']:.0f} s{on}; wrote {shown}", soft_wrap=True)
+    console.print(f"{record['wall_seconds']:.0f} s{on}; wrote {written}", soft_wrap=True)
     return record
 
 

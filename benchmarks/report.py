@@ -1,11 +1,7 @@
-"""What a run shows: a table on the terminal, a JSON record, a plot. All three come from the record alone."""
+"""What a run shows: a table on the terminal and a plot, from its record alone."""
 
-import json
-import os
+import io
 import statistics
-import tempfile
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -82,8 +78,8 @@ def table(record: dict[str, Any]) -> Table:
     return shown
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """Left: the adaptation metric over the steps, from the untouched base on. Right: base and adapted on every text."""
+def plot(record: dict[str, Any]) -> bytes:
+    """A PNG. Left: the adaptation metric over the steps, from the untouched base on. Right: base and adapted on every text."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,28 +116,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     trained = record["runs"][0]["cost"]["trainable"]
     figure.suptitle(f"{record['variant']}: {trained:,} trained numbers, {record['settings']['steps']} steps", x=0.01, ha="left")
-    figure.savefig(path, dpi=130)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130)
     plt.close(figure)
-
-
-def write(record: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    """record and plot under `folder`, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    json_path, png_path = folder / f"{record['variant']}.json", folder / f"{record['variant']}.png"
-    descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".part.png")
-    os.close(descriptor)
-    part = Path(temporary)
-    try:
-        plot(record, part)
-        part.chmod(0o644)
-        part.replace(png_path)
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        part.chmod(0o644)
-        part.replace(json_path)
-    finally:
-        with suppress(FileNotFoundError):
-            part.unlink()
-    return json_path, png_path
+    return out.getvalue()
 
 
 def show(record: dict[str, Any], console: Console) -> None:

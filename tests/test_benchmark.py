@@ -305,7 +305,8 @@ def test_models_and_data_that_are_not_there(base, tmp_path, capsys, monkeypatch)
         Math(base[1], 0, 2, 100, str(tmp_path / "nowhere")).batch(0)
 
 
-def test_interrupted_run_writes_nothing(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("moment", ["training", "plot"])
+def test_interrupted_run_writes_nothing(moment, tmp_path, capsys, monkeypatch):
     batch, calls = Code.batch, []
 
     def interrupting(self, step):
@@ -314,25 +315,21 @@ def test_interrupted_run_writes_nothing(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return batch(self, step)
 
-    monkeypatch.setattr(Code, "batch", interrupting)
+    def interrupted(record):
+        calls.append(record)
+        raise KeyboardInterrupt
+
+    if moment == "training":
+        monkeypatch.setattr(Code, "batch", interrupting)
+    else:
+        monkeypatch.setattr(report, "plot", interrupted)
+    steps = "steps=50" if moment == "training" else "steps=1"
     with pytest.raises(SystemExit) as left:
-        bench_variant.main("lora", ["steps=50", "eval_windows=2", "batch=1", "window=32", f"out={tmp_path / 'runs'}"])
+        bench_variant.main("lora", [steps, "eval_windows=2", "batch=1", "window=32", f"out={tmp_path / 'runs'}"])
+    assert calls
     assert left.value.code == 130
     assert "nothing was written" in capsys.readouterr().out
     assert not any((tmp_path / "runs").iterdir())
-
-
-def test_interrupted_writing_leaves_no_half_file(record, tmp_path, monkeypatch):
-    made, _ = record
-
-    def interrupted(record, path):
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(report, "plot", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        report.write(made, tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 # --- the hub's protocol on local files --------------------------------------------------------------------------------
