@@ -136,5 +136,5 @@ def main(
         console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        console.print("stopped; nothing was written")
+        console.print("stopped; no record was written")
         sys.exit(130)

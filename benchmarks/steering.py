@@ -270,7 +270,7 @@ def steer(words: list[str], console: Console) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> None:
-    command(words, __doc__, steer, "nothing was written")
+    command(words, __doc__, steer, "no record was written")
 
 
 if __name__ == "__main__":

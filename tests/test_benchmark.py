@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 from benchmarks import bench_variant, report, text
+from benchmarks import run as benchmarks_run
 from benchmarks.run import (
     BASE,
     FULL,
@@ -305,8 +306,8 @@ def test_models_and_data_that_are_not_there(base, tmp_path, capsys, monkeypatch)
         Math(base[1], 0, 2, 100, str(tmp_path / "nowhere")).batch(0)
 
 
-@pytest.mark.parametrize("moment", ["training", "plot"])
-def test_interrupted_run_writes_nothing(moment, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("moment", ["training", "plot", "write_json"])
+def test_interrupted_run_leaves_no_record(moment, tmp_path, capsys, monkeypatch):
     batch, calls = Code.batch, []
 
     def interrupting(self, step):
@@ -315,21 +316,23 @@ def test_interrupted_run_writes_nothing(moment, tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return batch(self, step)
 
-    def interrupted(record):
-        calls.append(record)
+    def interrupted(*args):
+        calls.append(args)
         raise KeyboardInterrupt
 
-    if moment == "training":
-        monkeypatch.setattr(Code, "batch", interrupting)
-    else:
-        monkeypatch.setattr(report, "plot", interrupted)
+    place, stop = {
+        "training": ((Code, "batch"), interrupting),
+        "plot": ((report, "plot"), interrupted),
+        "write_json": ((benchmarks_run, "write_json"), interrupted),
+    }[moment]
+    monkeypatch.setattr(*place, stop)
     steps = "steps=50" if moment == "training" else "steps=1"
     with pytest.raises(SystemExit) as left:
         bench_variant.main("lora", [steps, "eval_windows=2", "batch=1", "window=32", f"out={tmp_path / 'runs'}"])
     assert calls
     assert left.value.code == 130
-    assert "nothing was written" in capsys.readouterr().out
-    assert not any((tmp_path / "runs").iterdir())
+    assert "no record was written" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == (["lora.png"] if moment == "write_json" else [])
 
 
 # --- the hub's protocol on local files --------------------------------------------------------------------------------

@@ -225,4 +225,4 @@ def forecast(words: list[str], console: Console) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> None:
-    command(words, __doc__, forecast, "nothing was written")
+    command(words, __doc__, forecast, "no record was written")

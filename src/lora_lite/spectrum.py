@@ -26,8 +26,8 @@ def left_svd(
            precise as an SVD in float32; many, or where it does not converge, by all eigenvectors in float64, since a float32
            Gram matrix fails on the outlier spectra of language models. Smallest ones of ill-conditioned M: a float64 SVD.
     fast   without a Gram matrix: `lanczos` on M in bfloat16, where the device has instructions for that and tol allows it, else
-           in the dtype of M. Accepted where |M M^T u_k - s_k^2 u_k| <= s_k^2 sqrt(tol) / 3 in the dtype of M; else exact, with
-           a warning. tol: share of the largest |U^T M|^2 that may be missed.
+           in the dtype of M. Accepted where |M M^T v_k - s_k^2 v_k| <= s_k^2 sqrt(tol) / 3 in the dtype of M, for the v_k that
+           M M^T then takes nearer (`powered`); else exact, with a warning. tol: share of the largest |U^T M|^2 to be missed.
     auto   fast where r is at most a sixteenth of a shorter side above 2048.
     Results come in the dtype of M.
     """
