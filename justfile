@@ -11,7 +11,7 @@ default:
 setup:
     @bash .ci/setup
 
-# run the everyday test suite, a process per core with one thread each: just test tests/test_io.py -n 0 runs one file in one
+# run the everyday test suite, a process per core with one thread each: just test tests/core/test_checkpoint.py -n 0 runs one file in one
 test *args: setup
     OMP_NUM_THREADS=1 {{ python }} -m pytest -q -n logical --maxprocesses 4 --dist worksteal {{ args }}
 
@@ -29,7 +29,7 @@ bench-variant name *options: setup
 
 # full fine-tuning on the same data and steps, the record that the variants stand beside
 bench-full: setup
-    @{{ python }} -m benchmarks.full
+    @{{ python }} -m benchmarks.embedded.full
 
 # steer the embedded base by one direction from labelled text, both ways, with its harm and controls: just steering windows=64
 steering *options: setup
@@ -45,7 +45,7 @@ bench-cost *options: setup
 
 # what each objective adds to a training step, in CPU time: just bench-objectives rounds=9
 bench-objectives *options: setup
-    @{{ python }} -m benchmarks.objectives_cost {{ options }}
+    @{{ python }} -m benchmarks.cost.objectives {{ options }}
 
 # one adapter on tasks that follow one another, beside plain lora: just bench-sequential lora objective=gossip:5 seeds=0,1,2
 bench-sequential *words: setup
@@ -69,12 +69,12 @@ new-variant name: setup
     @{{ python }} -m benchmarks.table
 
 # write the README's table of variants from the registry and the committed records
-table: setup
-    @{{ python }} -m benchmarks.table
+table *options: setup
+    @{{ python }} -m benchmarks.table {{ options }}
 
 # sweep learning rates on the embedded benchmark: just sweep lora hra (none: every variant)
 sweep *names: setup
-    @{{ python }} -m benchmarks.sweep {{ names }}
+    @{{ python }} -m benchmarks.embedded.sweep {{ names }}
 
 # pretrain the small forecasting model again (seconds)
 pretrain-forecaster: setup
@@ -86,4 +86,4 @@ pretrain-tier: setup
 
 # pretrain the embedded base again (about 35 minutes on two cores)
 pretrain-base: setup
-    @{{ python }} -m benchmarks.pretrain
+    @{{ python }} -m benchmarks.embedded.pretrain

@@ -5,7 +5,7 @@ import sys
 try:
     import typer
 
-    from benchmarks.bench_variant import main
+    from benchmarks.embedded.bench import main
 
     typer.run(main)
 except KeyboardInterrupt:

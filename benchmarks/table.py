@@ -13,16 +13,16 @@ from typing import Any
 
 import lora_lite as ll
 import lora_lite.variants
-from benchmarks import compatibility_report, cost_report
+from benchmarks.common.places import BASE, RESULTS, ROOT
+from benchmarks.compatibility import report as compatibility_report
+from benchmarks.cost import report as cost_report
+from benchmarks.embedded.report import final
 from benchmarks.forecast import report as forecast_report
-from benchmarks.report import final
-from benchmarks.run import BASE
 from benchmarks.sequential import claims, page
-from benchmarks.steering_report import summary
-from lora_lite.registry import card
+from benchmarks.steering.report import summary
+from docs import rooms
+from lora_lite.contract.registry import card
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 VARIANTS = Path(lora_lite.variants.__file__).parent
 
 
@@ -129,6 +129,7 @@ def pages() -> dict[Path, str]:
     for name, report in REPORTS.items():
         if found := record(name):
             made[ROOT / "docs" / f"{name}.md"] = report.page(found)
+    made[ROOT / "docs" / "rooms.md"] = rooms.page()
     made[ROOT / "docs" / "sequential.md"] = page.page(claims.committed())
     return made
 

@@ -4,18 +4,17 @@
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 
+from benchmarks.common.places import FORECASTER
+from benchmarks.common.records import environment, write_json
 from benchmarks.forecast.data import sinusoids
 from benchmarks.forecast.toto_like import TotoLike, forecasting_loss
-from benchmarks.run import environment, write_json
-from lora_lite.io import write_atomically
+from lora_lite.core.checkpoint import write_atomically
 
-BASE = Path(__file__).parents[1] / "forecast_base"
 STEPS, BATCH, LR, SEED = 600, 16, 2e-3, 0
 
 
@@ -50,15 +49,15 @@ def pretrained(steps: int = STEPS) -> tuple[TotoLike, dict[str, Any]]:
 def load_forecaster() -> TotoLike:
     """The stored model, frozen."""
     model = TotoLike()
-    model.load_state_dict(load_file(BASE / "model.safetensors"))
+    model.load_state_dict(load_file(FORECASTER / "model.safetensors"))
     return model.eval().requires_grad_(False)
 
 
 def main() -> None:
     model, record = pretrained()
-    BASE.mkdir(exist_ok=True)
-    write_atomically(BASE / "model.safetensors", save(model.state_dict()))
-    write_json(BASE / "pretrain.json", record)
+    FORECASTER.mkdir(exist_ok=True)
+    write_atomically(FORECASTER / "model.safetensors", save(model.state_dict()))
+    write_json(FORECASTER / "pretrain.json", record)
     print(json.dumps(record, indent=1))
 
 

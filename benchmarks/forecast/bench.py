@@ -25,15 +25,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import lora_lite as ll
-from benchmarks.bench_variant import RUNS
+from benchmarks.common.options import Options, command, folder
+from benchmarks.common.places import RUNS
+from benchmarks.common.records import environment, write_pair
+from benchmarks.embedded.run import fitting
 from benchmarks.forecast.base import load_forecaster
 from benchmarks.forecast.data import CONTEXT, DISTURBANCES, TASKS, Task, task
 from benchmarks.forecast.report import plot, table
 from benchmarks.forecast.toto_like import forecasting_loss, patches, toto_adamw
-from benchmarks.options import Options, command, folder
-from benchmarks.run import environment, fitting, write_pair
 from lora_lite.errors import closest
-from lora_lite.objectives import AttentionBarrier
+from lora_lite.observe.objectives import AttentionBarrier
 
 TARGETS = ("wQKV", "wO", r"mlp\.0", r"mlp\.2")
 TIGHT = 40  # times the automatic alpha: alpha q95 = 20

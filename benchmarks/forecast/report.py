@@ -9,7 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks.statistics import paired
+from benchmarks.common.statistics import paired
 
 SHOWN = {"noise": 0.4, "spikes": 0.05, "gaps": 0.2}
 """The size of each disturbance that tables show."""

@@ -26,16 +26,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import lora_lite as ll
-from benchmarks.bench_variant import RUNS
-from benchmarks.options import Options, command, folder, usable, value_of
-from benchmarks.run import BASE, Settings, environment, load_base, write_pair
+from benchmarks.common.options import Options, command, folder, usable, value_of
+from benchmarks.common.places import BASE, RUNS
+from benchmarks.common.records import environment, write_pair
+from benchmarks.embedded.run import Settings, load_base
 from benchmarks.sequential.data import Pieces, Tokens, Words
 from benchmarks.sequential.model import tier
 from benchmarks.sequential.report import plot, show
 from benchmarks.sequential.run import Plan, sequence
 from benchmarks.sequential.summary import finished
 from benchmarks.sequential.tasks import ENTITIES, LEDGERS, LINES, digest
-from lora_lite.config import AdapterConfig
+from lora_lite.contract.config import AdapterConfig
 from lora_lite.errors import closest
 
 USAGE = "just bench-sequential lora suite=accretion objective=gossip:5 seeds=0,1,2"

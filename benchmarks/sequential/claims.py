@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean as mean
 from typing import Any, NamedTuple
 
-FOLDER = Path(__file__).parents[1] / "results" / "sequential"
+from benchmarks.common.places import RESULTS
+
+FOLDER = RESULTS / "sequential"
 Records = dict[str, dict[str, Any]]
 
 

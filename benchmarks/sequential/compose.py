@@ -12,7 +12,7 @@ import lora_lite as ll
 from benchmarks.sequential.measures import metrics
 from lora_lite.algebra.mixture import linear
 from lora_lite.algebra.snapshot import rebuilt
-from lora_lite.delta import Change, change
+from lora_lite.core.delta import Change, change
 
 NAMES = "ABC"
 """Of the phases in routes, by their place."""

@@ -7,7 +7,6 @@ It is trained on lines of all eight forms whose clans, labels and values are dra
 
 import json
 import random
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.common.places import TIER
 from benchmarks.sequential import tasks
 from benchmarks.sequential.data import Words, batch
 
-TIER = Path(__file__).parents[1] / "tier"
 RECIPE: dict[str, Any] = dict(steps=800, batch=32, lr=3e-3, warmup=50, seed=0, held_out_lines=512)
 WIDTH, HEADS, BLOCKS, INNER, POSITIONS = 48, 4, 2, 192, 96
 

@@ -3,11 +3,11 @@
 import textwrap
 from typing import Any
 
+from benchmarks.common.statistics import CLAIM, LEAST
 from benchmarks.sequential.claims import OBJECTIVES, Claim, Records, claims, ends, gains, mean, span
 from benchmarks.sequential.measures import MEASURES
 from benchmarks.sequential.summary import good
 from benchmarks.sequential.tasks import ENTITIES, LINES, digest
-from benchmarks.statistics import CLAIM, LEAST
 
 TASKS = {
     "A": "the facts of a record",

@@ -5,20 +5,20 @@ from all. Half of the time is that of the embedded base.
 """
 
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
 import lora_lite as ll
-from benchmarks.options import command
-from benchmarks.run import write_json
+from benchmarks.common.options import command
+from benchmarks.common.places import ROOT
+from benchmarks.common.records import write_json
 from benchmarks.sequential.bench import measured
 from benchmarks.sequential.claims import FOLDER
 from benchmarks.sequential.report import plot, show
+from lora_lite.core.checkpoint import write_atomically
 from lora_lite.errors import closest
-from lora_lite.io import write_atomically
 
-PICTURE, PICTURED = Path(__file__).parents[2] / "docs" / "sequential.png", "base_conflict"
+PICTURE, PICTURED = ROOT / "docs" / "sequential.png", "base_conflict"
 SIX = ("lora", "model=tier", "seeds=0,1,2,3,4,5", "alpha=16")
 FULL, HALF = (*SIX, "lr=5e-3"), (*SIX, "lr=2e-3", "batch=8")
 """Two regimes: facts are learned whole in the first phase, or in part."""

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from benchmarks.run import best_rate, fitting
+from benchmarks.embedded.run import best_rate, fitting
 from benchmarks.sequential.compose import cosines, oracle, routed
 from benchmarks.sequential.data import Tokens, batch
 from benchmarks.sequential.measures import MEASURES, Scored, crossed, metrics, prepared, scores
 from benchmarks.sequential.tasks import ENTITIES, LINES, RIVALS, Split, order
-from lora_lite.objectives.base import Summand
-from lora_lite.registry import variant_of
+from lora_lite.contract.registry import variant_of
+from lora_lite.observe.objectives.base import Summand
 
 CALIBRATION_BATCHES = 16
 Step = Callable[[], None]

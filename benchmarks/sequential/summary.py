@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean as mean
 from typing import Any
 
+from benchmarks.common.statistics import CLAIM, paired
 from benchmarks.sequential.tasks import contradicts
-from benchmarks.statistics import CLAIM, paired
 
 WEAK = 1.0  # nats that the conflicting task must add to the first value of A's answer, for plain lora
 GOOD = {

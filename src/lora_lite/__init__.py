@@ -3,45 +3,111 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import registry
-from .adapter import Adapter, Claims
-from .algebra.compose import compose
-from .algebra.groups import thirds
-from .algebra.router import Routing, frontier, route
-from .algebra.routes import format_route, parse_route
-from .algebra.snapshot import Increment, Snapshot, apply, snapshot
-from .algebra.ties import dare, ties
-from .attach import Attached, attach, detach
-from .config import AdapterConfig, RanklessConfig
+from . import algebra
+from .algebra import (
+    Increment,
+    Routing,
+    Snapshot,
+    apply,
+    compose,
+    dare,
+    format_route,
+    frontier,
+    parse_route,
+    route,
+    snapshot,
+    ties,
+)
+from .contract import Adapter, AdapterConfig, Claims, ParamSpec, RanklessConfig, register
+from .contract import registry as _registry
+from .contract.registry import config, get, names
+from .core.attach import attach
+from .core.detach import detach
+from .core.gains import thirds
+from .core.handle import Attached
+from .core.load import load
+from .core.merge import delta_bias, delta_weight, merge, unmerge
+from .core.runtime import disabled, param_groups, repair, scale
+from .core.save import save
+from .core.selection import find_targets
+from .core.status import Status, status
 from .errors import LoraLiteError, LoraLiteWarning
-from .io import load, save
-from .merge import delta_bias, delta_weight, merge, unmerge
-from .registry import config, get, names, register
-from .runtime import Status, disabled, param_groups, repair, scale, status
-from .spec import ParamSpec
-from .targets import find_targets
 from .version import __version__
 
 if TYPE_CHECKING:
-    from . import attention, geometry, objectives
-    from .capturing import capture
+    from . import attention, geometry, objectives, testing
+    from .observe.capturing import capture
     from .peft.export import export_peft
     from .peft.load import load_peft
 
-MODULES = ("attention", "geometry", "objectives")
-LATER = {"capture": "capturing", "export_peft": "peft.export", "load_peft": "peft.load"}
+_registry.sources.append(f"{__name__}.variants")
+
+_MODULES = ("annotations", "attention", "geometry", "linalg", "objectives", "spec", "targets", "testing")
+_LATER = {"capture": "observe.capturing", "export_peft": "peft.export", "load_peft": "peft.load"}
 """What attaching, training and saving do without is imported when it is first asked for."""
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "Attached",
+    "Claims",
+    "Increment",
+    "LoraLiteError",
+    "LoraLiteWarning",
+    "ParamSpec",
+    "RanklessConfig",
+    "Routing",
+    "Snapshot",
+    "Status",
+    "__version__",
+    "algebra",
+    "apply",
+    "attach",
+    "attention",
+    "capture",
+    "compose",
+    "config",
+    "dare",
+    "delta_bias",
+    "delta_weight",
+    "detach",
+    "disabled",
+    "export_peft",
+    "find_targets",
+    "format_route",
+    "frontier",
+    "geometry",
+    "get",
+    "load",
+    "load_peft",
+    "merge",
+    "names",
+    "objectives",
+    "param_groups",
+    "parse_route",
+    "register",
+    "repair",
+    "route",
+    "save",
+    "scale",
+    "snapshot",
+    "status",
+    "testing",
+    "thirds",
+    "ties",
+    "unmerge",
+]
 
 
 def __getattr__(name: str) -> Any:
     """What is imported late, or the config class of a registered variant: `ll.LoRAConfig`."""
-    if name in MODULES:
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in LATER:
-        globals()[name] = getattr(importlib.import_module(f"{__name__}.{LATER[name]}"), name)
+    if name in _LATER:
+        globals()[name] = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
         return globals()[name]
-    return registry.config_class(name)
+    return _registry.config_class(name)
 
 
 def __dir__() -> list[str]:
-    return [*dict.fromkeys([*globals(), *MODULES, *LATER]), *registry.config_classes()]
+    return [*__all__, *_registry.config_classes()]

@@ -1,9 +1,3 @@
-"""The words of a variant's annotations: `A: Float[Parameter, "r i"]`, `U: Float[Tensor, "o k"]`."""
+"""The words of a variant's annotations: the name that users have; it stands in contract/annotations."""
 
-from typing import Any, Literal
-
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn import Parameter
-
-__all__ = ["Any", "Float", "Literal", "Parameter", "Tensor"]
+from .contract.annotations import *

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from ..adapter import Adapter, Lineage
+from ..contract.adapter import Adapter
+from ..contract.attachment import Lineage
+from ..core.gains import gains
 from ..errors import LoraLiteError, some
 from .ensemble import Ensemble, EnsembleConfig
-from .groups import gains
 from .mixture import Members, linear, mixed, widest
 from .routes import absolute, parse_route
 from .snapshot import Increment, Snapshot, copied, rebuilt

@@ -5,13 +5,14 @@ formula   y' = y + c (B A x + b),  or y + c (D x + b) where the factors would be
 
 from dataclasses import dataclass
 
-from ..adapter import Adapter, Claims
-from ..annotations import Any, Float, Tensor
-from ..config import AdapterConfig
-from ..delta import smaller_as_factors
-from ..linalg import lin, low_rank
-from ..registry import register
-from ..spec import ParamSpec
+from ..contract.adapter import Adapter
+from ..contract.annotations import Any, Float, Tensor
+from ..contract.claims import Claims
+from ..contract.config import AdapterConfig
+from ..contract.registry import register
+from ..contract.spec import ParamSpec
+from ..core.delta import smaller_as_factors
+from ..mathematics.maps import lin, low_rank
 
 
 @dataclass(frozen=True, kw_only=True)

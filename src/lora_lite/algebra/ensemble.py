@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from torch import nn
 from torch.func import functional_call
 
-from .. import registry
-from ..adapter import Adapter, Claims
-from ..annotations import Any, Float, Tensor
-from ..config import RanklessConfig
-from ..spec import ParamSpec
+from ..contract import registry
+from ..contract.adapter import Adapter
+from ..contract.annotations import Any, Float, Tensor
+from ..contract.claims import Claims
+from ..contract.config import RanklessConfig
+from ..contract.spec import ParamSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..adapter import Lineage
-from ..delta import Change, change, smaller_as_factors
-from ..spectrum import left_svd
-from ..targets import Layer, sizes
+from ..contract.attachment import Lineage
+from ..core.delta import Change, change, smaller_as_factors
+from ..mathematics.spectrum import left_svd
+from ..sites.layer import Layer, sizes
 from .composed import Composed, ComposedConfig
 from .snapshot import Snapshot, rebuilt
 

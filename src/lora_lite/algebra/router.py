@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .. import runtime
+from ..core import finding, runtime
 from ..errors import LoraLiteError
 
 Kind = Literal["layer", "module", "adapter"]
@@ -65,7 +65,7 @@ def route(
             expected="A choice is reported on data that it was not made with.",
             fix="ll.route(bank, groups, grid, score=score, select=validation, report=test)",
         )
-    names = sorted({group(found, groups) for found in runtime.present(bank, None)}, key=natural)
+    names = sorted({group(found, groups) for found in finding.present(bank, None)}, key=natural)
     chosen, scores = dict.fromkeys(names, 1.0), {}
     for name in names:
         tried: dict[float, float] = {}
@@ -84,7 +84,7 @@ def route(
     return Routing(bank, groups, chosen, scores, report)
 
 
-def group(found: runtime.Found, kind: Kind) -> str:
+def group(found: finding.Found, kind: Kind) -> str:
     """The name of its block, its own path, or its adapter's name."""
     block = re.match(r"(?:.*?\.)??[0-9]+(?=\.|$)", found.path)
     return found.name if kind == "adapter" else block[0] if kind == "layer" and block else found.path
@@ -96,7 +96,7 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 def scaled(bank: nn.Module, kind: Kind, gains: Mapping[str, float]) -> runtime.GroupScaling:
-    return runtime.scaled(runtime.present(bank, None), lambda found: gains[group(found, kind)])
+    return runtime.scaled(finding.present(bank, None), lambda found: gains[group(found, kind)])
 
 
 def frontier(routed: Mapping[str, float], sequential: Mapping[str, float], *, centred: bool = True) -> float:

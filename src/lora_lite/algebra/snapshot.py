@@ -12,14 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import runtime, shared
-from ..adapter import Adapter, Lineage
-from ..attach import Attached, build_all, handle, install, refuse_name, refuse_unready
-from ..config import AdapterConfig
+from ..contract import shared
+from ..contract.adapter import Adapter
+from ..contract.attachment import Lineage
+from ..contract.config import AdapterConfig
+from ..core import finding
+from ..core.fingerprint import changes_of_base, fingerprint
+from ..core.handle import Attached, handle
+from ..core.install import build_all, install, refuse_name, refuse_unready
+from ..core.load import layers_of, restore
 from ..errors import LoraLiteError, some
-from ..io import changes_of_base, fingerprint, layers_of, restore
-from ..sharded import whole
-from ..targets import Layer, unwrapped
+from ..sites.layer import Layer
+from ..sites.model import unwrapped
+from ..sites.sharded import whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +67,11 @@ def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
     Raises LoraLiteError while it is merged and where its hooks were removed by somebody else.
     """
     model = unwrapped(model)
-    name = runtime.the_name(model, name)
-    found = runtime.adapters(model, name)
-    runtime.refuse_other_root(found)
-    runtime.refuse_merged(runtime.adapters(model))
-    runtime.refuse_lost(found)
+    name = finding.the_name(model, name)
+    found = finding.adapters(model, name)
+    finding.refuse_other_root(found)
+    finding.refuse_merged(finding.adapters(model))
+    finding.refuse_lost(found)
     adapters = {f.path: f.adapter for f in found}
     own = {
         f"{p}.{key}": whole(getattr(a, key).detach()) for p, a in adapters.items() for key in a.specs() if key not in a.shared

@@ -9,9 +9,9 @@ mergekit, not over all layers together.
 import torch
 from torch import Tensor
 
-from ..delta import Change
+from ..contract.spec import seeded
+from ..core.delta import Change
 from ..errors import LoraLiteError
-from ..spec import seeded
 from .compose import Weights, resolved
 from .mixture import mixed
 from .snapshot import Snapshot

@@ -19,19 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import runtime
-from ..adapter import Adapter
+from ..contract.adapter import Adapter
+from ..core import finding
+from ..core.checkpoint import serialized, write_atomically
+from ..core.merge import effective, refuse_unmergeable
 from ..errors import LoraLiteError, some
-from ..io import serialized, write_atomically
-from ..linalg import is_finite
-from ..merge import effective, refuse_unmergeable
-from ..targets import is_conv1d, unwrapped
+from ..mathematics.maps import is_finite
+from ..sites.layer import is_conv1d
+from ..sites.model import unwrapped
 from .layout import Layout, exactly, layouts
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model."
 EXACT = 1e-6  # relative error of an export that counts as exact: rounding to float32 and no more
 
-ByLayer = dict[str, list[runtime.Found]]
+ByLayer = dict[str, list[finding.Found]]
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,11 @@ def export_peft(
     """
     model, folder = unwrapped(model), Path(folder)
     refuse_folder(folder)
-    found = runtime.present(model, name)
-    runtime.refuse_other_root(found)
-    runtime.refuse_merged(runtime.adapters(model))
-    runtime.refuse_lost(found)
-    runtime.refuse_sharded(found)
+    found = finding.present(model, name)
+    finding.refuse_other_root(found)
+    finding.refuse_merged(finding.adapters(model))
+    finding.refuse_lost(found)
+    finding.refuse_sharded(found)
     if any(not f.path for f in found):
         raise LoraLiteError(
             "The model itself is the adapted layer.",
@@ -111,7 +112,7 @@ def export_peft(
 # --- PEFT's own form --------------------------------------------------------------------------------------------------------
 
 
-def native_obstacle(found: list[runtime.Found]) -> str:
+def native_obstacle(found: list[finding.Found]) -> str:
     """Why PEFT has no form of its own for these adapters; '' where it has one."""
     known = layouts()
     for f in found:
@@ -138,7 +139,7 @@ def native_obstacle(found: list[runtime.Found]) -> str:
     return ""
 
 
-def as_native(found: list[runtime.Found]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def as_native(found: list[finding.Found]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(options, tensors) in PEFT's own form. Raises LoraLiteError where layers need options that PEFT has once."""
     known, each, tensors = layouts(), {}, {}
     for f in found:
@@ -227,7 +228,7 @@ def as_plain_lora(
     return options, tensors, errors, tuple(notes)
 
 
-def bound(group: list[runtime.Found]) -> int | None:
+def bound(group: list[finding.Found]) -> int | None:
     """Largest rank of what these adapters of one layer change together, None where one of them has no bound."""
     ranks = [f.adapter.claims.rank(f.adapter.cfg) if f.adapter.claims.rank else None for f in group]
     return None if None in ranks else min(sum(ranks), group[0].adapter.d_in, group[0].adapter.d_out)  # type: ignore[arg-type]

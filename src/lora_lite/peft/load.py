@@ -12,13 +12,17 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from .. import registry, runtime, shared
-from ..adapter import Adapter
-from ..attach import Attached, build_all, handle, install, refuse_name, refuse_unready
-from ..config import AdapterConfig
+from ..contract import registry, shared
+from ..contract.adapter import Adapter
+from ..contract.config import AdapterConfig
+from ..core import runtime
+from ..core.handle import Attached, handle
+from ..core.install import build_all, install, refuse_name, refuse_unready
+from ..core.selection import find_targets
 from ..errors import LoraLiteError, LoraLiteWarning, closest, some
-from ..linalg import is_finite
-from ..targets import Layer, dense_weight, find_targets, linears, sizes, unwrapped
+from ..mathematics.maps import is_finite
+from ..sites.layer import Layer, dense_weight, sizes
+from ..sites.model import linears, unwrapped
 from .export import CONFIG, PREFIX, TENSORS
 from .layout import INERT, Key, Layout, Options, Stored, layouts, pattern_value, targeted
 

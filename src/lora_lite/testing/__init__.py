@@ -15,9 +15,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .. import registry
-from ..adapter import Adapter
-from ..config import AdapterConfig
+from ..contract import registry
+from ..contract.adapter import Adapter
+from ..contract.config import AdapterConfig
 from ..errors import LoraLiteWarning
 from . import toy
 from .checks import CHECKS

@@ -15,15 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..adapter import Adapter
-from ..attach import attach, detach
-from ..config import AdapterConfig
+from ..calibration.measure import measure
+from ..contract.adapter import Adapter
+from ..contract.config import AdapterConfig
+from ..core.attach import attach
+from ..core.checkpoint import read, serialized, write_atomically
+from ..core.detach import detach
+from ..core.finding import adapters
+from ..core.load import load
+from ..core.merge import delta_weight, effective, merge, unmerge
+from ..core.runtime import disabled, param_groups, scale
+from ..core.save import save
 from ..errors import LoraLiteError
-from ..io import load, read, save, serialized, write_atomically
-from ..measure import measure
-from ..merge import delta_weight, effective, merge, unmerge
-from ..runtime import adapters, disabled, param_groups, scale
-from ..targets import Layer
+from ..sites.layer import Layer
 from . import toy
 
 TOLERANCE = 2e-5  # float32, layers of this size

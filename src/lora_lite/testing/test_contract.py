@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .. import registry
+from ..contract import registry
 from . import Check, checks
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
-from ..attach import Attached, attach
-from ..calibrate import parse
-from ..config import AdapterConfig
+from ..calibration.statistics import parse
+from ..contract.adapter import Adapter
+from ..contract.config import AdapterConfig
+from ..core.attach import attach
+from ..core.handle import Attached
 from ..errors import LoraLiteWarning
 
 WIDTH, INNER = 24, 48

@@ -13,9 +13,9 @@ differs   the reference cuts U U^T W out of the stored weight and puts it back a
           sigma is kept for inspection only. suppress_only, damp and every basis but svd are additions
 """
 
-from ..annotations import Float, Tensor
 from ..contract import dataclass, register
-from ..subspace import GainConfig, GainSubspace, gain
+from ..contract.annotations import Float, Tensor
+from ..families.subspace import GainConfig, GainSubspace, gain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,11 @@ differs   trained, one set per layer, in span(U); the paper extracts one directi
 
 import torch
 
-from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Claims, ParamSpec, Specs, dataclass, register
-from ..linalg import box, lin
-from ..seeding import SeededConfig, SeededSubspace, along
-from ..spec import constant
-from ..spectrum import orth
+from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
+from ..contract.spec import constant
+from ..families.seeding import SeededConfig, SeededSubspace, along
+from ..mathematics import box, lin, orth
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ differs   the reference multiplies singular values by I + c M and cuts U U^T W o
 
 import torch
 
-from ..annotations import Any, Float, Literal, Parameter, Tensor
-from ..basis import scores
 from ..contract import ParamSpec, Specs, dataclass, register
-from ..linalg import lin
-from ..subspace import GainConfig, OutputSubspace, gain
+from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
+from ..families.basis import scores
+from ..families.subspace import GainConfig, OutputSubspace, gain
+from ..mathematics import lin
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ differs   ASVD compresses: it cuts off what is outside the r directions, here th
           are left out. The reference project's scaling is asvd_stat="rms", asvd_alpha=1, and is not ASVD's
 """
 
-from ..annotations import Any, Float, Literal, Tensor
-from ..basis import channel_scale
 from ..contract import dataclass, register
-from ..spectrum import left_svd
-from ..subspace import GainSubspace, OutputConfig, gain
+from ..contract.annotations import Any, Float, Literal, Tensor
+from ..families.basis import channel_scale
+from ..families.subspace import GainSubspace, OutputConfig, gain
+from ..mathematics import left_svd
 
 
 @dataclass(frozen=True, kw_only=True)

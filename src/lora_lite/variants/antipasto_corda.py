@@ -17,11 +17,11 @@ differs   the paper starts LoRA's factors on W C. corda is the reference project
           the stored weight and inverts the root of C. suppress_only acts with a gradient that lets g return below 0
 """
 
-from ..annotations import Any, Float, Literal, Tensor
-from ..calibrate import require_tokens
+from ..calibration import require_tokens
 from ..contract import dataclass, register
-from ..orientation import oriented_left_svd
-from ..subspace import GainSubspace, OutputConfig, gain
+from ..contract.annotations import Any, Float, Literal, Tensor
+from ..families.orientation import oriented_left_svd
+from ..families.subspace import GainSubspace, OutputConfig, gain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ differs   the reference cuts U U^T W out of the stored weight and keeps V; this 
           U^T W x in rows of unit length. There is no alpha / k: look for the learning rate again where k changes
 """
 
-from ..annotations import Float, Parameter, Tensor
 from ..contract import ParamSpec, Specs, dataclass, register
-from ..linalg import low_rank
-from ..spec import kaiming
-from ..subspace import GainConfig, GainSubspace, floored, gain
+from ..contract.annotations import Float, Parameter, Tensor
+from ..contract.spec import kaiming
+from ..families.subspace import GainConfig, GainSubspace, floored, gain
+from ..mathematics import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ differs   the paper turns all r directions at once (block_size=r); the reference
 
 from functools import partial
 
-from ..annotations import Float, Literal, Parameter, Tensor
 from ..contract import ParamSpec, Specs, dataclass, register
-from ..linalg import block_product, per_value
-from ..spec import constant
-from ..subspace import OutputSubspace, SubspaceConfig, angles, floored, rotation
+from ..contract.annotations import Float, Literal, Parameter, Tensor
+from ..contract.spec import constant
+from ..families.subspace import OutputSubspace, SubspaceConfig, angles, floored, rotation
+from ..mathematics import block_product, per_value
 
 
 @dataclass(frozen=True, kw_only=True)

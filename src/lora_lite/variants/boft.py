@@ -21,10 +21,10 @@ differs   the skew numbers alone are stored, PEFT stores full blocks D and uses 
 
 from einops import rearrange
 
-from ..annotations import Any, Float, Parameter, Tensor
 from ..contract import Adapter, ParamSpec, RanklessConfig, Specs, dataclass, register
-from ..limits import refuse_indivisible
-from ..linalg import block_product, cayley_shift, per_value, skew, stretched
+from ..contract.annotations import Any, Float, Parameter, Tensor
+from ..contract.limits import refuse_indivisible
+from ..mathematics import block_product, cayley_shift, per_value, skew, stretched
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,12 @@ differs   the paper replaces W by W - B0 A0, we subtract the frozen product. Mea
 
 import torch
 
-from ..annotations import Any, Literal
-from ..calibrate import require_tokens
+from ..calibration import require_tokens
 from ..contract import dataclass, register
-from ..linalg import lin
-from ..orientation import oriented_left_svd, required
-from ..twin import Twin, TwinConfig
+from ..contract.annotations import Any, Literal
+from ..families.orientation import oriented_left_svd, required
+from ..families.twin import Twin, TwinConfig
+from ..mathematics import lin
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ differs   w is |W|_F in the paper, column norms in its code and PEFT (our defaul
 
 import torch
 
-from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
-from ..linalg import add_low_rank, unit
-from ..spec import constant, kaiming, zeros
+from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
+from ..contract.spec import constant, kaiming, zeros
+from ..mathematics import add_low_rank, unit
 
 FLOOR = 1e-4  # of the length that a vector is divided by
 

@@ -17,10 +17,10 @@ from functools import partial
 
 import torch
 
-from ..annotations import Any, Float, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, ParamSpec, Specs, dataclass, register
-from ..linalg import add_products, lin
-from ..spec import kaiming
+from ..contract.annotations import Any, Float, Parameter, Tensor
+from ..contract.spec import kaiming
+from ..mathematics import add_products, lin
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ differs   exact moments for the incremental SVD whose limit they are; A does not
 
 from dataclasses import replace
 
-from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
-from ..limits import refuse_rank
-from ..linalg import add_low_rank
-from ..principal import allotted, principal, required
+from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
+from ..contract.limits import refuse_rank
+from ..families.principal import allotted, principal, required
+from ..mathematics import add_low_rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ differs   an odd r is refused, it cannot start at the base; no Gram-Schmidt mode
 
 import torch
 
-from ..annotations import Float, Literal, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
-from ..limits import refuse_odd
-from ..linalg import add_low_rank, reflections
-from ..spec import Shape, uniform
+from ..contract.annotations import Float, Literal, Parameter, Tensor
+from ..contract.limits import refuse_odd
+from ..contract.spec import Shape, uniform
+from ..mathematics import add_low_rank, reflections
 
 
 def equal_pairs(shape: Shape) -> Tensor:

@@ -12,9 +12,9 @@ differs   the paper trains l from 1; the deviation g is stored, so decay pulls t
           The paper adapts keys and values here and the feed-forward part on its input: two adapters, each with its targets
 """
 
-from ..annotations import Any, Float, Parameter, Tensor
 from ..contract import Adapter, ParamSpec, RanklessConfig, Specs, dataclass, register
-from ..linalg import stretched
+from ..contract.annotations import Any, Float, Parameter, Tensor
+from ..mathematics import stretched
 
 
 @dataclass(frozen=True, kw_only=True)

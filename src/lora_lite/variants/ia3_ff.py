@@ -12,9 +12,9 @@ differs   the paper trains l from 1; the deviation g is stored, so decay pulls t
           The paper's place for it is the second feed-forward matrix alone: targets=("down_proj",) or ("fc2",)
 """
 
-from ..annotations import Float, Parameter, Tensor
 from ..contract import Adapter, ParamSpec, RanklessConfig, Specs, dataclass, register
-from ..linalg import stretched
+from ..contract.annotations import Float, Parameter, Tensor
+from ..mathematics import stretched
 
 
 @dataclass(frozen=True, kw_only=True)

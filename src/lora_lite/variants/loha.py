@@ -17,10 +17,10 @@ differs   start as in PEFT; LyCORIS draws Gaussians and zeroes w2_a. Both always
 
 from einops import rearrange
 
-from ..annotations import Any, Float, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
-from ..linalg import add_lin, chain
-from ..spec import kaiming
+from ..contract.annotations import Any, Float, Parameter, Tensor
+from ..contract.spec import kaiming
+from ..mathematics import add_lin, chain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,11 @@ differs   the Kronecker matrix is never formed. Where neither matrix is factored
 
 from math import isqrt
 
-from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, ParamSpec, Specs, dataclass, register
-from ..limits import largest_divisor
-from ..linalg import chain
-from ..spec import kaiming, zeros
+from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
+from ..contract.limits import largest_divisor
+from ..contract.spec import kaiming, zeros
+from ..mathematics import chain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,12 @@ differs   the paper draws A Gaussian, its code and PEFT kaiming (our default); t
 
 import torch
 
-from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
-from ..limits import refuse_odd
-from ..linalg import add_low_rank
-from ..spec import kaiming, normal
-from ..twin import Twin
+from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
+from ..contract.limits import refuse_odd
+from ..contract.spec import kaiming, normal
+from ..families.twin import Twin
+from ..mathematics import add_low_rank
 
 
 @dataclass(frozen=True, kw_only=True)

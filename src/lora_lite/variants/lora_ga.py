@@ -18,12 +18,11 @@ differs   paper and code replace W by W - s B0 A0, we subtract the frozen produc
 
 from dataclasses import field
 
-from ..annotations import Any, Literal
-from ..calibrate import require_tokens
+from ..calibration import Loss, require_tokens
 from ..contract import Specs, dataclass, register
-from ..measure import Loss
-from ..spectrum import left_svd, orth
-from ..twin import Twin, TwinConfig
+from ..contract.annotations import Any, Literal
+from ..families.twin import Twin, TwinConfig
+from ..mathematics import left_svd, orth
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ differs   R starts at 0, not at a standard deviation of 1e-5: its gradient is th
           one version of the code randomised. Other bases, rslora and include_bias (y in place of y - b) are additions
 """
 
-from ..annotations import Float, Parameter, Tensor
 from ..contract import ParamSpec, Specs, dataclass, register
-from ..linalg import lin
-from ..subspace import OutputSubspace, SubspaceConfig
+from ..contract.annotations import Float, Parameter, Tensor
+from ..families.subspace import OutputSubspace, SubspaceConfig
+from ..mathematics import lin
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ differs   the Cayley transform is solved exactly, not cut off as a series; sign 
           one; no bound on R (COFT), no blocks that share their numbers
 """
 
-from ..annotations import Float, Parameter, Tensor
 from ..contract import Adapter, Claims, ParamSpec, RanklessConfig, Specs, dataclass, register
-from ..limits import largest_divisor, refuse_indivisible
-from ..linalg import block_turn, cayley_shift, per_value, skew
+from ..contract.annotations import Float, Parameter, Tensor
+from ..contract.limits import largest_divisor, refuse_indivisible
+from ..mathematics import block_turn, cayley_shift, per_value, skew
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ differs   the paper stores W - s B0 A0 in the base and trains A, B; here the fro
 
 import torch
 
-from ..annotations import Float, Tensor
 from ..contract import dataclass, register
-from ..twin import Twin, TwinConfig
+from ..contract.annotations import Float, Tensor
+from ..families.twin import Twin, TwinConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ differs   the paper stores W - s B0 A0 in the base and trains A, B; here the fro
           of each singular triple, or takes the exact SVD with a warning; PEFT's fast SVD checks nothing
 """
 
-from ..annotations import Float, Literal, Tensor
 from ..contract import dataclass, register
-from ..spectrum import left_svd
-from ..twin import Twin, TwinConfig
+from ..contract.annotations import Float, Literal, Tensor
+from ..families.twin import Twin, TwinConfig
+from ..mathematics import left_svd
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,10 @@ differs   both published codes flatten diag(l_k) A diag(g_k) by (j, k) and B by 
           bases. save_shared=False leaves A and B out of the checkpoint: load draws them again and compares a hash
 """
 
-from ..annotations import Any, Float, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, ParamSpec, Specs, dataclass, register
-from ..linalg import add_low_rank
-from ..spec import Shape, constant, uniform
+from ..contract.annotations import Any, Float, Parameter, Tensor
+from ..contract.spec import Shape, constant, uniform
+from ..mathematics import add_low_rank
 
 
 def unit_uniform(shape: Shape) -> Tensor:

@@ -18,10 +18,10 @@ differs   the paper trains alpha from 1; the deviation a is stored, so decay pul
 
 from einops import rearrange
 
-from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Adapter, ParamSpec, RanklessConfig, Specs, dataclass, register
-from ..limits import largest_divisor
-from ..linalg import stretched
+from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
+from ..contract.limits import largest_divisor
+from ..mathematics import stretched
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ differs   of the paper's Kaiming draws the uniform one, as in PEFT. A and B stan
 
 import torch
 
-from ..annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
-from ..linalg import low_rank
-from ..spec import Shape, constant, uniform
+from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
+from ..contract.spec import Shape, constant, uniform
+from ..mathematics import low_rank
 
 
 def he_uniform(shape: Shape) -> Tensor:

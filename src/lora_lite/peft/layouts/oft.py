@@ -3,7 +3,7 @@
 import torch
 
 from ...errors import LoraLiteError
-from ...linalg import cayley_shift, skew
+from ...mathematics.rotations import cayley_shift, skew
 from ..layout import Key, Layout, Options, Sizes, Stored, block_size, repeated
 
 WEIGHT = "oft_R.weight"

@@ -1,0 +1,166 @@
+"""Recorder: adds up statistics over the calls of the layers; every call's share is added and forgotten."""
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraLiteError, some
+from ..mathematics.spectrum import MOST_ROWS
+from ..sites.layer import Layer
+from .calls import full_precision
+from .statistics import Request, kept_rows
+
+
+class Recorder:
+    """Adds up the requested statistics over the calls of the layers."""
+
+    def __init__(self, requests: dict[str, Request]):
+        self.requests = requests
+        self.sums: dict[str, dict[str, Tensor]] = {name: {} for name in requests}
+        self.leaders: dict[str, str] = {}  # path -> the first layer that receives the same tensor
+        self.wide: dict[str, str] = {}  # leader -> the first layer with its input that has i <= o
+        self.holders: dict[str, str | None] = {}  # path -> that layer, None: there was none up to this one
+        self.seen: Counter[str] = Counter()  # calls, with and without kept tokens
+        self.label: str | None = None
+        self.again = False  # calls are those of the backward pass, which checkpointing repeats
+        self.masks: dict[str, tuple[Tensor | None, str]] = {}
+        self.inputs: list[tuple[weakref.ref[Tensor], int, str]] = []  # of this batch: tensor, its version, path
+
+    def begin(self, label: str | None, batch: Any) -> None:
+        """The coming calls belong to this batch."""
+        fields = batch if isinstance(batch, Mapping) else {}
+        mask, labels = fields.get("attention_mask"), fields.get("labels")
+        self.label, self.inputs, self.again = label, [], False
+        self.masks = {"": (mask, "attention_mask"), "labels": (mask, "attention_mask")}
+        if isinstance(labels, Tensor):
+            counted = labels != -100
+            if mask is not None and mask.numel() == labels.numel():  # else of samples, or of a decoder's tokens
+                counted &= mask.bool().reshape(labels.shape)
+            self.masks["labels"] = counted, "labels"
+
+    def leader(self, path: str, x: Tensor) -> str:
+        """The first layer of this batch that was given this very tensor. Raises where it was another one in earlier batches."""
+        version = 0 if x.is_inference() else x._version  # a tensor that was written to is another input
+        found = next((p for seen, before, p in self.inputs if seen() is x and before == version), path)
+        self.inputs.append((weakref.ref(x), version, path))
+        self.seen[path] += 1
+        if self.leaders.setdefault(path, found) != found:
+            raise unsteady(path, found if found != path else self.leaders[path])
+        return found
+
+    def observe(self, path: str, layer: Layer, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
+        """Forward hook of one layer; for wgrad it returns the output that carries the gradient."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not self.again:
+            leader = self.leader(path, x)
+            if x.shape[-1] <= y.shape[-1]:
+                self.wide.setdefault(leader, path)
+            self.holders.setdefault(path, self.wide.get(leader))
+        kept: dict[str, tuple[Tensor, Tensor]] = {}
+        out = y
+        for name, request in self.requests.items():
+            request = self.at(path, request)
+            if (request.label is not None and request.label != self.label) or self.holder(path, request) != path:
+                continue
+            if self.again and request.value is not None:  # a gradient may come with the repeated call alone
+                continue
+            if request.position not in kept:
+                kept[request.position] = self.rows(path, layer, x, y, request.position)
+            if request.value is not None:
+                with full_precision(x.device):
+                    self.add(name, path, request.value(*kept[request.position]))
+            else:
+                out = self.with_gradient(name, path, kept[request.position][0], x.shape, out)
+        return None if out is y else out
+
+    def at(self, path: str, request: Request) -> Request:
+        """The request as it is met at this layer."""
+        return request if request.narrow is None or self.holders[path] is not None else request.narrow
+
+    def holder(self, path: str, request: Request) -> str:
+        """The layer that holds this sum for `path`: of an input the first that received it."""
+        if not request.of_input:
+            return path
+        return (self.leaders[path] if request.narrow is None else self.holders[path]) or path
+
+    def rows(self, path: str, layer: Layer, x: Tensor, y: Tensor, position: str) -> tuple[Tensor, Tensor]:
+        """x and y - b of the tokens that count, (n, i) and (n, o), in float32 or better."""
+        mask, what = self.masks["labels" if position == "labels" else ""]
+        index = kept_rows(path, x.shape, mask, position == "last", what).to(x.device)
+        wide = torch.promote_types(torch.float32, x.dtype)
+        kept, seen = (z.detach().reshape(-1, z.shape[-1])[index].to(wide) for z in (x, y))
+        seen = seen if layer.bias is None else seen - layer.bias.detach().to(wide)
+        unit = kept.max().abs() if position == "call" and len(kept) else 1
+        kept, seen = kept / unit, seen / unit
+        if not (kept.isfinite().all() and seen.isfinite().all()):
+            raise LoraLiteError(
+                f"{path} has activations that are not finite on calibration data.",
+                expected="Statistics need finite numbers.",
+                fix="model.float()  # or look for overflow in the batches",
+            )
+        return kept, seen
+
+    def with_gradient(self, name: str, path: str, kept: Tensor, shape: torch.Size, y: Tensor) -> Tensor:
+        """y as a tensor whose gradient d adds d^T x to the sum: no parameter needs a gradient for that."""
+        mask, what = self.masks[""]
+        index = kept_rows(path, shape, mask, what=what).to(y.device)
+        start = y if y.requires_grad else y.detach().requires_grad_(True)
+
+        def observe(delta: Tensor) -> None:
+            d = delta.reshape(-1, delta.shape[-1])[index].to(kept.dtype)
+            if not d.isfinite().all():
+                raise LoraLiteError(
+                    f"{path} has gradients that are not finite on calibration data.",
+                    expected="A finite loss.",
+                    fix="model.float()  # or look for overflow in the batches",
+                )
+            with full_precision(d.device):
+                self.add(name, path, d.T @ kept)
+
+        start.register_hook(observe)
+        return start.clone()  # a model that writes into the output would take the hook off it
+
+    def add(self, name: str, path: str, value: Tensor) -> None:
+        sums = self.sums[name]
+        if path not in sums:
+            sums[path] = torch.zeros_like(value, dtype=torch.float64)
+        for rows, more in zip(sums[path].split(MOST_ROWS), value.split(MOST_ROWS)):
+            rows.add_(more)  # torch makes a copy of the summand in float64
+
+    def totals(self, layers: dict[str, Layer]) -> dict[str, dict[str, Tensor]]:
+        """The sums of all layers, those that share an input with one tensor. Raises for layers without one."""
+        for path, first in self.leaders.items():
+            if self.seen[path] != self.seen[first]:
+                raise unsteady(path, first)
+        for name, request in self.requests.items():
+            sums = self.sums[name]
+            held = {path: self.holder(path, self.at(path, request)) for path in self.leaders}
+            sums.update({path: sums[first] for path, first in held.items() if first in sums})
+            silent = request.statistic == "wgrad"
+            if unseen := [path for path in layers if path not in sums or (silent and not sums[path].any())]:
+                done = "had no part in the loss" if silent else "were never called"
+                raise LoraLiteError(
+                    f"{some(unseen)} {done} on the calibration data.",
+                    expected="An adapter acts when its layer is called; a layer that is not cannot be adapted.",
+                    fix=f"exclude=({unseen[0]!r},)",
+                )
+            if request.statistic == "n" and (empty := [path for path, n in sums.items() if n.item() == 0]):
+                raise LoraLiteError(
+                    f"{name} is 0 at {empty[0]}: every token is padding"
+                    + (", or has label -100." if request.position == "labels" else "."),
+                    expected="At least one token that attention_mask keeps.",
+                    fix="attention_mask = input_ids != pad_token_id",
+                )
+        return self.sums
+
+
+def unsteady(path: str, other: str) -> LoraLiteError:
+    return LoraLiteError(
+        f"{path} shares its input with {other} on one call and not on another.",
+        expected="The same layers side by side in every call: they hold one sum together.",
+        fix=f'exclude=("{path}",)  # or an attach of its own for it',
+    )

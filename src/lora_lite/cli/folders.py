@@ -1,0 +1,118 @@
+"""The commands that need a base model: export, import and merge on folders that transformers reads."""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core import finding
+from ..core.detach import detach
+from ..core.handle import Attached
+from ..core.load import load as load_file
+from ..core.merge import merge
+from ..core.save import save
+from ..errors import LoraLiteError, some
+from ..peft.export import export_peft, new_folder, refuse_folder
+from ..peft.layout import layouts
+from ..peft.load import applies, load_peft, read_folder
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json", ".gguf", ".h5", ".msgpack")
+"""Endings of files that `save_pretrained` writes anew, or that hold weights of another kind."""
+
+
+def base_model(folder: Path, dtype: str) -> Any:
+    """The model in a local folder, as the class that its config names. Raises LoraLiteError where transformers cannot."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise LoraLiteError("transformers is not installed.", fix="pip install transformers") from error
+    if not (folder / "config.json").is_file():
+        raise LoraLiteError(f"{folder} has no config.json.", expected="A model folder.", fix="model.save_pretrained(folder)")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise LoraLiteError(f"--dtype {dtype} is no dtype.", expected="auto, float32, bfloat16 or float16.")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        cls = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModel"])[0], transformers.AutoModel)
+        return cls.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    except Exception as error:  # transformers raises what it likes for a damaged folder
+        reason = str(error).strip().partition("\n")[0]
+        raise LoraLiteError(f"transformers cannot load {folder}: {type(error).__name__}: {reason}.") from error
+
+
+def attached(arguments: argparse.Namespace) -> tuple[Any, Attached]:
+    """(model, handle) of a checkpoint of ours or a PEFT folder on its base."""
+    path = Path(arguments.adapter)
+    if not path.exists():
+        raise LoraLiteError(f"{path} does not exist.", expected="A checkpoint of ll.save or a PEFT folder.")
+    model = base_model(arguments.base, arguments.dtype)
+    if path.is_dir():
+        return model, load_peft(model, path)
+    return model, load_file(model, path, strict_base=not arguments.any_base)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    refuse_folder(Path(arguments.folder))
+    model, _ = attached(arguments)
+    print(export_peft(model, arguments.folder, rank=arguments.rank, plain=arguments.plain, limit=arguments.limit))
+
+
+def load(arguments: argparse.Namespace) -> None:
+    """A folder that two variants read becomes two files, FILE and FILE with _2 before the ending."""
+    file = Path(arguments.file)
+    handle = load_peft(base_model(arguments.base, arguments.dtype), arguments.folder, name=arguments.name)
+    parts = getattr(handle, "parts", (handle,))
+    files = [file, *(file.with_stem(f"{file.stem}_{k}") for k in range(2, len(parts) + 1))]
+    if present := [str(f) for f in files if f.exists()]:
+        raise LoraLiteError(f"{some(present)} exists.", expected="Nothing is written over.", fix=f"rm {present[0]}")
+    for part, place in zip(parts, files):
+        save(handle.model, place, name=part.name)
+        variant = next(iter(part.layers.values())).variant
+        print(f"{place}: {variant} on {len(part.layers)} layers")
+
+
+def merged(arguments: argparse.Namespace) -> None:
+    """The model folder with the adapter folded in, and what else lies in the base's folder, such as the tokenizer."""
+    folder = Path(arguments.folder)
+    refuse_folder(folder)
+    model, handle = attached(arguments)
+    fold(model)
+    with new_folder(folder) as place:
+        model.save_pretrained(place)
+        for file in arguments.base.iterdir():
+            if file.is_file() and not file.name.endswith(WEIGHTS) and not (place / file.name).exists():
+                shutil.copy(file, place)
+    print(f"{folder}: {arguments.base} with {len(handle.layers)} layers changed")
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> None:
+    """Merge every adapter for good and take it off. Raises LoraLiteError where a layer would need a bias it does not have."""
+    merge(model)
+    found = {f.path: f.layer for f in finding.adapters(model)}
+    new = {path: (layer.weight, layer.bias) for path, layer in found.items()}
+    detach(model)
+    if grown := [path for path, layer in found.items() if layer.bias is None and new[path][1] is not None]:
+        raise LoraLiteError(f"{some(grown)} has no bias, and this adapter moves it.", fix="python -m lora_lite export")
+    for path, layer in found.items():
+        weight, bias = new[path]
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+
+
+def inspect_folder(folder: Path) -> None:
+    options, tensors = read_folder(folder)
+    here = [v for v, l in layouts().items() if l.peft_type == options["peft_type"].upper() and applies(l, options)]
+    print(f"{'peft_type':10} {options['peft_type']}")
+    print(f"{'here':10} {', '.join(here) or 'no counterpart'}")
+    for option, value in sorted(options.items()):
+        if option != "peft_type" and value not in (None, [], {}):
+            print(f"  {option:24} {value!r}")
+    print(f"{'tensors':10} {len(tensors)}")
+    for key, tensor in tensors.items():
+        print(f"  {key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")

@@ -1,0 +1,211 @@
+"""AdapterConfig: the frozen options every variant shares, checked when built, JSON both ways."""
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar, Union
+
+import torch
+
+from ..errors import LoraLiteError, closest
+
+C = TypeVar("C", bound="AdapterConfig")
+O = TypeVar("O", bound="Options")
+
+
+class Options:
+    """Parent of frozen dataclasses whose fields are checked by name and kind when one is built; `home`: where users find them.
+
+    Raises LoraLiteError for an unknown field and a value of the wrong kind.
+    """
+
+    home: ClassVar[str] = "lora_lite"
+
+    def __new__(cls: type[O], **fields: Any) -> O:
+        known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        for name in fields.keys() - known:
+            raise LoraLiteError(
+                f"{cls.__name__} has no field {name!r}.",
+                found=closest(name, known),
+                fix=f"help({cls.home}.{cls.__name__})",
+            )
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for name in (f.name for f in dataclasses.fields(self) if f.init):  # type: ignore[arg-type]
+            hint = hints[name]
+            value = normalised(getattr(self, name), hint)
+            object.__setattr__(self, name, value)
+            if not accepts(value, hint):
+                unused = hint is types.NoneType
+                raise LoraLiteError(
+                    f"{type(self).__name__}({name}={value!r}) cannot be built.",
+                    expected=f"This method has no {name}: the value would be ignored."
+                    if unused
+                    else f"{name}: {readable(hint)}.",
+                    fix=f"{type(self).__name__}()  # without {name}" if unused else "",
+                )
+
+    def refuse(self, name: str, value: object, expected: str, fix: str = "") -> typing.NoReturn:
+        """Raise the error for one field; for `__post_init__` of subclasses."""
+        raise LoraLiteError(
+            f"{type(self).__name__}({name}={value!r}) cannot be built.", expected=f"{name} is {expected}.", fix=fix
+        )
+
+    def refuse_no_patterns(self, name: str, patterns: Iterable[str]) -> None:
+        """Raise the error for the first of the patterns of a field that is no regular expression."""
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                self.refuse(name, pattern, f"a name or a regular expression ({error})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(Options):
+    """Options of every variant; a subclass adds its own and may narrow these (`alpha: None = None`: has no alpha).
+
+    r             rank, at least 1
+    alpha         numerator of the scale s = alpha / r; None: alpha = r, so s = 1
+    rslora        s = alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732)
+    targets       names or regular expressions, searched in the module path; "all-linear" takes every Linear-like layer
+    exclude       the same for layers to leave out
+    layers        block indices: the first number in the path; None takes all
+    roles         keep only layers that read from or write to the residual stream; a layer of unknown role stays, with a warning
+    rank_pattern  regular expression -> r for the layers it matches; the first match counts, and 0 leaves the layer out
+    dtype         of the adapter's own tensors; lowered to the activations' dtype inside each product
+    buffer_dtype  of frozen matrices; None: the dtype of the base weight, or `dtype` where that is quantised
+    seed          of random starts, together with layer path and tensor name
+    coeff         runtime coefficient at attach; 0 is the base model
+    lr            learning rate to start a sweep from; read by `param_groups`
+
+    Raises LoraLiteError for an unknown field, a value of the wrong kind and a value out of range.
+    """
+
+    r: int = 8
+    alpha: float | None = None
+    rslora: bool = False
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    exclude: tuple[str, ...] = ("lm_head", "embed")
+    layers: tuple[int, ...] | None = None
+    roles: tuple[Literal["reader", "writer"], ...] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    buffer_dtype: torch.dtype | None = None
+    seed: int = 0
+    coeff: float = 1.0
+    lr: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("r", "alpha", "lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                self.refuse(name, value, "a number above 0")
+        for pattern, rank in self.rank_pattern.items():
+            if rank < 0:
+                self.refuse(f"rank_pattern[{pattern!r}]", rank, "a rank, or 0 for no adapter")
+        for name in ("coeff", "alpha", "lr"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                self.refuse(name, getattr(self, name), "a finite number")
+        patterns = [*self.exclude, *self.rank_pattern, *(() if self.targets == "all-linear" else self.targets)]
+        self.refuse_no_patterns("targets, exclude or rank_pattern", patterns)
+        if self.targets == ():
+            self.refuse("targets", (), 'at least one name or regular expression, or "all-linear"')
+
+    @property
+    def s(self) -> float:
+        """The scale alpha / r, or alpha / sqrt(r) with rslora."""
+        if self.r is None:
+            return 1.0
+        alpha = self.r if self.alpha is None else self.alpha
+        return alpha / (self.r**0.5 if self.rslora else self.r)
+
+    def rank_at(self, path: str) -> int:
+        """The rank that `rank_pattern` gives the layer at `path`, else r."""
+        return next((rank for pattern, rank in self.rank_pattern.items() if re.search(pattern, path)), self.r)
+
+    def for_layer(self: C, path: str) -> C:
+        """This config with the rank of the layer at `path`."""
+        rank = self.rank_at(path)
+        return self if rank == self.r else dataclasses.replace(self, r=rank)
+
+    def lasting(self: C) -> C:
+        """This config with None for what only serves the start and is no data: fields with `metadata={"transient": True}`."""
+        passing = [f.name for f in dataclasses.fields(self) if f.metadata.get("transient")]
+        return dataclasses.replace(self, **dict.fromkeys(passing)) if passing else self
+
+    def to_json(self) -> str:
+        values = {f.name: getattr(self.lasting(), f.name) for f in dataclasses.fields(self)}
+        return json.dumps(values, default=lambda dtype: str(dtype).removeprefix("torch."))
+
+    @classmethod
+    def from_json(cls: type[C], text: str) -> C:
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: normalised(value, hints.get(name)) for name, value in json.loads(text).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RanklessConfig(AdapterConfig):
+    """For methods without a rank: r, alpha and rslora exist and refuse every value."""
+
+    r: None = None  # type: ignore[assignment]
+    alpha: None = None
+    rslora: Literal[False] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank_pattern:
+            self.refuse("rank_pattern", self.rank_pattern, "empty: this method has no rank")
+
+
+def normalised(value: Any, hint: Any) -> Any:
+    """Lists become tuples, one name becomes a tuple of it, dtype names become dtypes, integers become floats where asked."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and torch.dtype in options:
+        return getattr(torch, value, value)
+    literals = [v for o in options if typing.get_origin(o) is Literal for v in typing.get_args(o)]
+    if isinstance(value, str) and value not in literals and any(typing.get_origin(o) is tuple for o in options):
+        return (value,)
+    if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
+        return float(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def accepts(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the kind that the annotation says; unions, literals, tuples and dicts are looked into."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(accepts(value, option) for option in args)
+    if origin is Literal:
+        return any(value is option or (type(value) is type(option) and value == option) for option in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(accepts(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(accepts(k, args[0]) and accepts(v, args[1]) for k, v in value.items())
+    if hint in (int, float):
+        return isinstance(value, hint) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def readable(hint: Any) -> str:
+    """The annotation as words for an error."""
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(readable(option) for option in typing.get_args(hint))
+    return (
+        "None"
+        if hint is types.NoneType
+        else getattr(hint, "__name__", str(hint))
+        if typing.get_origin(hint) is None
+        else str(hint)
+    )

@@ -1,0 +1,108 @@
+"""attach: select, build, measure, fill, install. Whatever can fail does so before the model is changed."""
+
+import dataclasses
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calibration.passes import collect
+from ..calibration.statistics import LABELS, Stats, Weights
+from ..contract import shared
+from ..contract.adapter import Adapter
+from ..contract.config import AdapterConfig
+from ..contract.registry import variant_of
+from ..contract.spec import seeded
+from ..errors import LoraLiteError
+from ..sites.layer import Layer, dense_weight
+from ..sites.quantised import refuse_without_gradient
+from . import finding, runtime
+from .handle import Attached, handle
+from .install import build_all, install, refuse_name, refuse_non_finite, refuse_unready
+from .selection import find_targets
+
+
+def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *, name: str = "default") -> Attached:
+    """Hang the variant that `cfg` belongs to under every layer it selects; freeze the base; train nothing yet.
+
+    calibration_data  batches for variants that start from data: an iterable of mappings, tuples or tensors that the model
+                      is called with, or {"positive": batches, "negative": batches}; read once for each group of layers
+                      (calibration/passes.py) where sums of all layers together are large; an iterator is read once
+    name              keys the adapter; several may share a model, applied in the order attached
+
+    Raises LoraLiteError before anything is changed: unknown targets, a rank or block size that a layer does not allow,
+    missing, unused or unfit data, a name in use, a compiled, sharded or wrapped model, a base that passes no gradient.
+    """
+    if not isinstance(cfg, AdapterConfig):
+        raise LoraLiteError(
+            f"attach(model, {cfg!r}) needs a config.",
+            expected="An AdapterConfig.",
+            fix=f"ll.attach(model, ll.config({cfg!r}))" if isinstance(cfg, str) else finding.ATTACH,
+        )
+    cls = variant_of(cfg)
+    loss_fn, cfg = getattr(cfg, "loss_fn", None), cfg.lasting()
+    earlier = refuse_unready(model)
+    refuse_without_gradient(model)
+    wanted = wanted_statistics(cls, cfg, calibration_data)
+    targets = find_targets(model, cfg)
+    refuse_name(earlier, targets, name)
+    adapters = build_all(cls, targets, cfg)
+    with runtime.disabled(model):
+        stats = collect(model, targets, wanted, calibration_data, loss_fn) if wanted else {"weight": Weights(targets)}
+        ranked = with_ranks(cls, cfg, adapters, stats)
+        if ranked is not cfg:
+            cfg, targets = ranked, find_targets(model, ranked)
+            adapters = build_all(cls, targets, cfg)
+        fill(cls, cfg, targets, adapters, stats)
+    refuse_non_finite(adapters)
+    install(model, targets, adapters, name, cfg)
+    return handle(model, name, cfg, adapters)
+
+
+@torch.no_grad()
+def with_ranks(cls: type[Adapter], cfg: AdapterConfig, adapters: dict[str, Adapter], stats: Stats) -> AdapterConfig:
+    """The config with the ranks that the variant takes from the data in rank_pattern, where they differ from its r."""
+    if cfg.rank_pattern:
+        return cfg
+    found = cls.ranks(adapters, stats, cfg)
+    pattern = {f"^{re.escape(path)}$": rank for path, rank in found.items() if rank != cfg.r}
+    return dataclasses.replace(cfg, rank_pattern=pattern) if pattern else cfg
+
+
+@torch.no_grad()
+def fill(cls: type[Adapter], cfg: AdapterConfig, targets: dict[str, Layer], adapters: dict[str, Adapter], stats: Stats) -> None:
+    """Declared starts, then `init` layer by layer, then `group_init`; in full precision also under the caller's autocast."""
+    device = next(iter(targets.values())).weight.device.type
+    with torch.autocast(device, enabled=False):
+        shared.fill(adapters, shared.draws(adapters, cfg.seed))
+        for path, adapter in adapters.items():
+            adapter.start(path)
+            if cls.init is not Adapter.init:
+                known = cls.claims.reads_weight
+                W = dense_weight(targets[path]) if known else torch.empty(adapter.d_out, adapter.d_in, device="meta")
+                with seeded(cfg.seed, path, "init"):
+                    adapter.init(W)
+        if cls.group_init is not Adapter.group_init:
+            with seeded(cfg.seed, "group_init"):
+                cls.group_init(adapters, stats, cfg)
+
+
+def wanted_statistics(cls: type[Adapter], cfg: AdapterConfig, data: Any) -> tuple[str, ...]:
+    """Names of what to measure; refused where data is missing or would be ignored."""
+    needed, wanted = cls.needs(cfg), cls.wants(cfg)
+    if data is None and needed:
+        raise LoraLiteError(
+            f"{cls.variant} starts from data and calibration_data is missing.",
+            expected=f"Statistics: {', '.join(needed)}.",
+            fix="ll.attach(model, cfg, calibration_data=batches)",
+        )
+    labelled = isinstance(data, dict) and set(data) == set(LABELS)
+    names = () if data is None else (*needed, *(name for name in wanted if labelled or ":" not in name))
+    if data is not None and not names:
+        raise LoraLiteError(
+            f"{cls.variant} with these options takes nothing from such calibration_data; it would be ignored.",
+            found=f"With labels it would take {', '.join(wanted)}." if wanted else "",
+            fix='calibration_data={"positive": batches, "negative": other_batches}' if wanted else "ll.attach(model, cfg)",
+        )
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,29 @@
+"""detach: the base as it was before the first attach, bit for bit."""
+
+from torch import nn
+
+from ..sites.model import plain, unwrapped
+from . import finding
+from .merge import put_back
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take off the adapter `name`, or all of them; with the last one the base is as it was before the first attach.
+
+    A merged layer gets its own bits back; other adapters that were merged into it act beside it again.
+    Raises LoraLiteError for a name that is not there.
+    """
+    model = unwrapped(model)
+    leaving = finding.adapters(model, name)
+    finding.refuse_other_root(leaving)
+    layers = {found.path for found in leaving if found.adapter.original is not None}
+    put_back([found for found in finding.adapters(model) if found.path in layers])
+    flags = leaving[0].adapter.group.base_flags if leaving else {}
+    for found in leaving:
+        found.adapter.remove(found.layer)
+        for handle in found.adapter.group.handles:
+            handle.remove()
+    if not finding.adapters(model):
+        for key, parameter in model.named_parameters():
+            if plain(key) in flags:
+                parameter.requires_grad_(flags[plain(key)])

@@ -1,0 +1,84 @@
+"""The bases of the output-subspace methods: which r output directions of a layer they act on, and what the data says of them.
+
+svd         leading left singular vectors of W
+corda       of W C^(1/2), C = E[x x^T]; corda_full: of W C
+asvd        of W diag(q), q a mean size of each input channel
+select      those left singular vectors of W that score best on the data, in descending order of singular values
+"""
+
+from ..calibration.statistics import EITHER, LABELS, Stats, require_tokens
+from ..contract.annotations import Any, Float, Tensor
+from ..errors import LoraLiteError
+from ..mathematics.spectrum import left_svd
+from .orientation import oriented_left_svd, required
+
+METRIC = {"svd": "plain", "corda": "sqrt", "corda_full": "full"}
+
+
+def needed(cfg: Any) -> tuple[str, ...]:
+    """Names of the statistics that `basis` reads."""
+    if cfg.basis == "asvd":
+        return "n", "x_abs" if cfg.asvd_stat == "abs_mean" else "x_sq"
+    if cfg.basis == "select":
+        return contrast_names(cfg) if cfg.select_score == "contrast" else ("y_moment",)
+    return required(METRIC[cfg.basis])
+
+
+def basis(cfg: Any, stats: Stats, path: str, W: Float[Tensor, "o i"]) -> Float[Tensor, "o r"]:
+    """U in the dtype of W, as `cfg.basis` says. Raises LoraLiteError for fewer tokens than directions."""
+    if cfg.basis == "asvd":
+        return left_svd(W * channel_scale(cfg, stats, path, W), cfg.r)[0]
+    if cfg.basis == "select":
+        U = left_svd(W, min(W.shape))[0]
+        return U[:, scores(cfg, stats, path, U).topk(cfg.r).indices.sort().values]
+    if cfg.basis != "svd":
+        require_tokens(stats, path, cfg.r, f"a basis of {cfg.r} directions")
+    return oriented_left_svd(METRIC[cfg.basis], stats, path, W, cfg.r, cfg.damp)[0]
+
+
+def channel_scale(cfg: Any, stats: Stats, path: str, like: Tensor) -> Float[Tensor, " i"]:
+    """q of "asvd": (mean |x_j|)^asvd_alpha or, with asvd_stat="rms", (mean x_j^2)^(asvd_alpha / 2)."""
+    name = "x_abs" if cfg.asvd_stat == "abs_mean" else "x_sq"
+    mean = (stats[name][path] / stats["n"][path]).to(like)
+    mean = mean if name == "x_abs" else mean.sqrt()
+    q = mean**cfg.asvd_alpha
+    return q + 1e-6 * q.max()  # a channel that is silent on the data still counts a little
+
+
+def scores(cfg: Any, stats: Stats, path: str, U: Float[Tensor, "o k"]) -> Float[Tensor, " k"]:
+    """What each direction is worth to `basis="select"`, up to a common factor."""
+    if cfg.select_score == "contrast":
+        return (U.T @ contrast(cfg, stats, path, U)).abs()
+    return ((stats["y_moment"][path].to(U) @ U) * U).sum(0).clamp(min=0).sqrt()
+
+
+def capture(stats: Stats, path: str, W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> float | None:
+    """The share of sum |y - b|^2 that lies in span(U), where the statistics give it."""
+    name = next((name for name in ("y_moment", *EITHER) if name in stats), None)
+    if name is None:
+        return None
+    M, P = stats[name][path].to(W), U.T @ W
+    if M.shape == (W.shape[1], W.shape[1]) and name != "y_moment":  # sum x x^T
+        return float(((P @ M) * P).sum() / ((W @ M) * W).sum())
+    if M.shape == W.shape:  # sum (y - b) x^T
+        return float(((U.T @ M) * P).sum() / (M * W).sum())
+    return float(((M @ U) * U).sum() / M.trace())
+
+
+def contrast_names(cfg: Any) -> tuple[str, ...]:
+    """The statistics of the two classes' mean outputs."""
+    at = "/last" if cfg.positions == "last" else ""
+    return tuple(f"{sum_}{at}:{label}" for sum_ in ("y_sum", "n") for label in LABELS)
+
+
+def has_contrast(cfg: Any, stats: Stats) -> bool:
+    return hasattr(cfg, "positions") and set(contrast_names(cfg)) <= set(stats)
+
+
+def contrast(cfg: Any, stats: Stats, path: str, like: Tensor) -> Float[Tensor, " o"]:
+    """m / |m|, m the mean output on positive minus that on negative data, where the bias cancels."""
+    positive, negative, n_positive, n_negative = (stats[name][path] for name in contrast_names(cfg))
+    m = (positive / n_positive - negative / n_negative).to(like)
+    if not m.any():
+        raise LoraLiteError(f"{path}: the mean outputs on positive and negative data are equal.", expected="Two classes.")
+    return m / m.norm()

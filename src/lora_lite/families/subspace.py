@@ -1,0 +1,175 @@
+"""OutputSubspace: methods that act on the part of a layer's output that lies in a chosen subspace.
+
+formula   h = U^T t,  y' = y + U core(h);  U (o, r) frozen with orthonormal columns, t = y - b (include_bias: t = y)
+          U U^T W is the part that the papers cut out of W and put back changed, whatever chose U; so neither it, nor the
+          rest, nor singular values with input directions, nor the inverse of a metric has to be kept
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from ..calibration.statistics import Stats
+from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass
+from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
+from ..contract.limits import refuse_indivisible, refuse_rank
+from ..errors import LoraLiteError
+from ..mathematics.maps import box, lin, without_bias
+from ..mathematics.rotations import bounded, cayley_shift, skew
+from .basis import basis, capture, contrast, has_contrast, needed
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig(AdapterConfig):
+    """include_bias: the method acts on y, not on y - b. A child that stands for one orientation adds `basis` and its own."""
+
+    r: int = 256
+    alpha: None = None
+    rslora: Literal[False] = False
+    include_bias: bool = False
+    lr: float = 5e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceConfig(OutputConfig):
+    """basis is the choice of U, the r leading left singular vectors of
+
+        svd         W
+        corda       W C^(1/2), C = E[x x^T]: what keeps most of the layer's output on the data
+        corda_full  W C, as CorDA prints it
+        asvd        W diag(q), q_j = (mean |x_j|)^asvd_alpha
+        select      W, not the leading ones but those with the largest score, in descending order of singular values
+
+    damp          adds damp tr(C)/i to the diagonal of C; for corda and corda_full
+    asvd_stat     abs_mean as above, or rms: the root of mean x_j^2 instead
+    select_score  rms of u_k^T (y - b), or contrast: |u_k^T m|, m the difference of the two classes' mean outputs
+    positions     tokens that m averages over: the last of each row, or all
+    """
+
+    basis: Literal["svd", "corda", "corda_full", "asvd", "select"] = "svd"
+    damp: float = 0.0
+    asvd_alpha: float = 0.5
+    asvd_stat: Literal["abs_mean", "rms"] = "abs_mean"
+    select_score: Literal["rms", "contrast"] = "rms"
+    positions: Literal["last", "all"] = "last"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, used in self.uses().items():
+            default = type(self).__dataclass_fields__[name].default
+            if not used and getattr(self, name) != default:
+                self.refuse(name, getattr(self, name), f"{default!r} with the other options given: nothing would use it")
+        if self.damp < 0 or self.asvd_alpha < 0:
+            self.refuse("damp or asvd_alpha", min(self.damp, self.asvd_alpha), "0 or more")
+
+    def uses(self) -> dict[str, bool]:
+        """Which of the options that belong to one basis have an effect."""
+        asvd, select = self.basis == "asvd", self.basis == "select"
+        damp, positions = self.basis in ("corda", "corda_full"), select and self.select_score == "contrast"
+        return {"damp": damp, "asvd_alpha": asvd, "asvd_stat": asvd, "select_score": select, "positions": positions}
+
+
+class OutputSubspace(Adapter):
+    """Parent of the methods: a child declares `core_specs` and writes `core`; one that declares sigma gets |W^T u_k|."""
+
+    claims = Claims(rank=lambda cfg: cfg.r)
+
+    U: Float[Tensor, "o r"]
+    sigma: Float[Tensor, " r"]  # of the children that declare it
+
+    @classmethod
+    def param_specs(cls, d_in: int, d_out: int, cfg: Any) -> Specs:  # type: ignore[override]  # reads the child's core
+        refuse_rank(cfg.r, d_in, d_out)
+        return {**cls.core_specs(cfg), "U": ParamSpec((d_out, cfg.r), trainable=False)}
+
+    @staticmethod
+    def core_specs(cfg: Any) -> Specs:
+        """The tensors of the core."""
+        raise LoraLiteError("core_specs is missing.", expected="A method on an output subspace declares its tensors.")
+
+    def core(self, h: Tensor) -> Tensor:
+        """The change of the coordinates h (..., r), exactly 0 where coeff is 0."""
+        raise LoraLiteError("core is missing.", expected="core(self, h) returns the change of the coordinates h.")
+
+    basis = staticmethod(basis)
+    """(cfg, stats, path, W (o, i)) -> U (o, r) in the dtype of W; a child that stands for one orientation writes its own."""
+
+    @staticmethod
+    def needs(cfg: Any) -> tuple[str, ...]:
+        return needed(cfg)
+
+    @staticmethod
+    def wants(cfg: Any) -> tuple[str, ...]:
+        return ("y_moment",) if cfg.basis == "svd" else ()
+
+    @staticmethod
+    def group_init(adapters: Mapping[str, Any], stats: Stats, cfg: Any) -> None:
+        for path, adapter in adapters.items():
+            W = stats["weight"][path]
+            adapter.orient(path, stats, W, adapter.basis(adapter.cfg, stats, path, W))
+
+    def orient(self, path: str, stats: Stats, W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> None:
+        """Take U as the basis, note sigma where it is declared, report the share of the statistics that U captures."""
+        self.U.copy_(U)
+        if "sigma" in self.specs():
+            self.sigma.copy_((W.T @ U).norm(dim=0))
+        share = capture(stats, path, W, U)
+        if share is not None:
+            self.report["capture"] = share
+        if has_contrast(self.cfg, stats):
+            self.report["contrast_capture"] = float((U.T @ contrast(self.cfg, stats, path, U)).norm())
+
+    def part(self, y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
+        """t, what the method acts on."""
+        return y if self.cfg.include_bias else without_bias(y, base.bias)
+
+    def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
+        h = lin(self.part(y, base), self.U.T)
+        return y + lin(self.core(h).to(h.dtype), self.U)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GainConfig(SubspaceConfig):
+    """suppress_only: g acts as min(g, 0), so that no factor exceeds 1 where coeff is at least 0."""
+
+    suppress_only: bool = False
+
+
+class GainSubspace(OutputSubspace):
+    """Parent of the methods that train one factor per direction of U."""
+
+    g: Float[Parameter, " r"]
+    sigma: Float[Tensor, " r"]
+
+    @staticmethod
+    def core_specs(cfg: Any) -> Specs:
+        return {"g": ParamSpec((cfg.r,), identity=0, decay=True), "sigma": ParamSpec((cfg.r,), trainable=False)}
+
+
+def gain(coeff: Any, g: Float[Tensor, " r"], suppress_only: bool) -> Float[Tensor, "... r"]:
+    """f - 1 of the factors f = exp(c g) for c g <= 0, 1 + c g above; suppress_only holds g at 0 or below."""
+    return F.elu(coeff * (box(g, -math.inf, 0.0) if suppress_only else g))
+
+
+def floored(sigma: Float[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """sigma, at least 1e-6 of the largest, and 1 where all are 0: what the coordinates h may be divided by."""
+    sigma = sigma.clamp(min=1e-6 * sigma.max())
+    return torch.where(sigma > 0, sigma, 1.0)
+
+
+def angles(cfg: Any) -> ParamSpec:
+    """Of one side's rotations: r / block_size skew matrices by their entries above the diagonal, about radians."""
+    b, most = cfg.block_size, cfg.max_angle
+    if b < 2:
+        cfg.refuse("block_size", b, "2 or more: one direction has nothing to turn to")
+    if most is not None and not 0 < most < math.pi:
+        cfg.refuse("max_angle", most, "above 0 and below pi, in radians, or None")
+    refuse_indivisible("block_size", b, cfg.r)
+    return ParamSpec((cfg.r // b, b * (b - 1) // 2), identity=0, decay=True)
+
+
+def rotation(theta: Float[Parameter, "n m"], c: float | Tensor, b: int, max_angle: float | None) -> Float[Tensor, "n b b"]:
+    """R - I of the Cayley rotations of c X, X = skew(theta) / 2 bounded: for b = 2 an angle of 2 arctan(c theta / 2)."""
+    return cayley_shift(c * bounded(skew(theta, b) / 2, max_angle))

@@ -1,0 +1,250 @@
+"""The rotation core against U diag(sigma + c d) R(c) P in dense float64."""
+
+import math
+
+import pytest
+import torch
+
+import lora_lite as ll
+from lora_lite.families.subspace import rotation
+from lora_lite.testing import checks, toy
+from lora_lite.testing.checks import error
+from tests.families.test_subspace import BASES, batches
+from tests.oracles.layer import T64, adapted, check_dense, check_finite_differences, check_rest_stays, live_gradients
+
+MODES = ("V", "U", "both")
+
+
+def generator(theta, b, max_angle):
+    """Skew matrices X, entry by entry, each shrunk to the bound."""
+    blocks = []
+    for row in theta:
+        X, entries = row.new_zeros(b, b), iter(row)
+        for i in range(b):
+            for j in range(i + 1, b):
+                e = next(entries) / 2
+                X = X + e * torch.outer(torch.eye(b)[i], torch.eye(b)[j]).to(row.dtype)
+                X = X - e * torch.outer(torch.eye(b)[j], torch.eye(b)[i]).to(row.dtype)
+        if max_angle is not None:
+            X = X / (1 + (X**2).sum() / 2 / math.tan(max_angle / 2) ** 2) ** 0.5
+        blocks.append(X)
+    return torch.block_diag(*blocks)
+
+
+def cayley(X):
+    I = torch.eye(len(X), dtype=X.dtype)
+    return torch.linalg.inv(I - X) @ (I + X)
+
+
+def turn(a, side, c):
+    theta = getattr(a, f"theta_{side}")
+    return cayley(c * generator(theta, a.cfg.block_size, a.cfg.max_angle))
+
+
+def dense(a, W, b, c):
+    """W_res + U R_u^T diag(sigma + c d) R_v P; an identity for the side that does not turn."""
+    I = torch.eye(a.cfg.r, dtype=W.dtype)
+    Rv = I if a.cfg.rotate == "U" else turn(a, "v", c)
+    Ru = I if a.cfg.rotate == "V" else turn(a, "u", c)
+    P = (a.U.T @ W) / a.sigma[:, None]
+    core = Ru.T @ torch.diag(a.sigma + c * a.d) @ Rv
+    return W - a.U @ (a.U.T @ W) + a.U @ core @ P, b
+
+
+def config(rotate="V", **fields):
+    return ll.AntiPaSTORotConfig(**{"r": 8, "rotate": rotate, **fields})
+
+
+@pytest.mark.parametrize("rotate", ["U", "both"])
+@pytest.mark.parametrize("check", checks("antipasto_rot"), ids=lambda check: check.function.__name__)
+def test_other_sides_are_lawful(check, rotate):
+    check.function(check.cls, config(rotate))
+
+
+@pytest.mark.parametrize("fields", [{}, {"block_size": 8, "max_angle": None}, {"block_size": 2, "max_angle": 1.5}], ids=str)
+@pytest.mark.parametrize("rotate", MODES)
+def test_output_and_gradients_equal_the_dense_form(rotate, fields):
+    check_dense(config(rotate, **fields), dense)
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("rotate", MODES)
+def test_every_basis_gives_the_dense_form(rotate, basis):
+    cfg = config(rotate, r=12, basis=basis)
+    model, adapter = adapted(cfg, 24, 40, data=None if basis == "svd" else batches())
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    W, b = dense(adapter, model.o_proj.weight, model.o_proj.bias, 1.0)
+    assert error(model(x), x @ W.T + b) < T64
+
+
+def test_one_block_of_all_directions_is_the_papers_form():
+    model, adapter = adapted(config(block_size=8, max_angle=None))
+    W, b = model.o_proj.weight.detach(), model.o_proj.bias
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    signs = (adapter.U * U[:, :8]).sum(0).sign()
+    U, Vh = U[:, :8] * signs, Vh[:8] * signs[:, None]
+    rest = W - U * S[:8] @ Vh
+    R = cayley(generator(adapter.theta_v.detach(), 8, None))
+    want = rest + U * (S[:8] + adapter.d.detach()) @ R @ Vh
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    assert error(model(x), x @ want.T + b) < T64
+
+
+def test_rotations_are_orthogonal_with_determinant_one():
+    for b in (2, 4, 8):
+        theta = 3 * toy.inputs(6, b * (b - 1) // 2)
+        for c in (1.0, 0.5, -0.7, 2.0):
+            R = torch.eye(b) + rotation(theta, c, b, None)
+            assert error(R @ R.mT, torch.eye(b).expand(6, b, b)) < 1e-5
+            assert error(torch.linalg.det(R), torch.ones(6)) < 1e-5
+
+
+@pytest.mark.parametrize("b", [2, 4, 8])
+def test_no_rotation_exceeds_the_largest_angle(b):
+    count = b * (b - 1) // 2
+    for theta in (toy.inputs(20, count), 1e6 * toy.inputs(20, count), torch.full((1, count), 5.0), torch.eye(count) * 1e3):
+        R = torch.eye(b, dtype=torch.float64) + rotation(theta.double(), 1.0, b, 0.5)
+        assert float(torch.linalg.eigvals(R).angle().abs().max()) <= 0.5 + 1e-9
+    free = torch.eye(b, dtype=torch.float64) + rotation(torch.full((1, count), 5.0).double(), 1.0, b, None)
+    assert float(torch.linalg.eigvals(free).angle().abs().max()) > 0.5
+    pair = torch.eye(2, dtype=torch.float64) + rotation(torch.full((1, 1), 1e6).double(), 1.0, 2, 0.5)
+    assert abs(float(torch.linalg.eigvals(pair).angle().abs().max()) - 0.5) < 1e-6
+
+
+def test_angle_is_theta_to_first_order():
+    R = torch.eye(2, dtype=torch.float64) + rotation(torch.tensor([[0.01]], dtype=torch.float64), 1.0, 2, None)
+    assert abs(float(torch.atan2(R[0, 0, 1], R[0, 0, 0])) - 2 * math.atan(0.005)) < 1e-12
+
+
+def test_negative_coeff_is_the_transpose_and_twice_is_not_the_square():
+    theta = toy.inputs(3, 6, dtype=torch.float64)
+    I = torch.eye(4, dtype=torch.float64)
+    R = {c: I + rotation(theta, c, 4, 0.5) for c in (1.0, -1.0, 2.0)}
+    assert error(R[-1.0], R[1.0].mT) < 1e-12
+    assert error(I + rotation(-theta, 1.0, 4, 0.5), R[1.0].mT) < 1e-12
+    assert error(R[2.0], R[1.0] @ R[1.0]) > 1e-4
+
+
+@pytest.mark.parametrize("rotate", ["V", "U"])
+def test_minus_one_undoes_one_where_only_one_side_turns(rotate):
+    model, adapter = adapted(config(rotate))
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    with torch.no_grad():
+        adapter.d.zero_()
+    with ll.disabled(model):
+        base = model(x)
+    second = ll.attach(model, config(rotate, dtype=torch.float64, coeff=-1.0), name="back").layers["o_proj"]
+    second.load_state_dict(adapter.state_dict())
+    assert error(model(x), base) < T64
+    with ll.disabled(model, "back"):
+        assert error(model(x), base) > 1e-2
+
+
+def test_singular_values_of_the_adapted_part_are_the_shifted_ones():
+    for rotate in MODES:
+        model, adapter = adapted(config(rotate))
+        W = model.o_proj.weight.detach().double()
+        new = W + ll.delta_weight(model, "o_proj").double()
+        got = torch.linalg.svdvals(adapter.U.T @ new)
+        want = (adapter.sigma + adapter.d.detach()).abs().sort(descending=True).values
+        assert error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("rotate", MODES)
+def test_blocks_do_not_mix(rotate):
+    model, adapter = adapted(config(rotate))
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    before = model(x) @ adapter.U
+    with torch.no_grad():
+        for theta in (p for name, p in adapter.named_parameters() if name.startswith("theta")):
+            theta[0] += 0.5
+    change = model(x) @ adapter.U - before
+    assert error(change[:, 4:], torch.zeros(5, 4)) < T64
+    assert change[:, :4].abs().max() > 1e-2
+
+
+def test_the_rest_of_the_output_stays():
+    check_rest_stays(*adapted(config("both")))
+
+
+def test_signs_of_singular_vectors_are_absorbed_by_the_angles():
+    model, adapter = adapted(config("both"))
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    before = model(x)
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0] * 2, dtype=torch.float64)
+    pairs = torch.triu_indices(4, 4, 1)
+    flips = (signs[:4][pairs[0]] * signs[:4][pairs[1]]).expand(2, 6)
+    adapter.U.mul_(signs)
+    with torch.no_grad():
+        adapter.theta_v.mul_(flips)
+        adapter.theta_u.mul_(flips)
+    assert error(model(x), before) < T64
+
+
+def test_more_than_sixteen_coefficients_in_one_batch_are_refused():
+    model, _ = adapted(config())
+    with ll.scale(model, torch.linspace(0, 1, 20)), pytest.raises(ll.LoraLiteError, match="20 distinct values"):
+        model(toy.inputs(20, 24, dtype=torch.float64))
+
+
+def test_shift_start_gives_even_losses_a_gradient():
+    x = toy.inputs(5, 24, dtype=torch.float64)
+    for start, moves in ((0.0, False), (4e-4, True)):
+        model, adapter = adapted(config(d_init=start), size=0)
+        assert error(adapter.d, torch.full((8,), start)) < 1e-9
+        with ll.disabled(model):
+            base = model(x)
+        assert torch.equal(model(x), base) is not moves
+        (model(x) - base).square().sum().backward()
+        assert adapter.theta_v.grad.any().item() is moves
+
+
+def test_bias_is_left_alone_unless_asked():
+    x = torch.zeros(1, 24, dtype=torch.float64)
+    for include in (False, True):
+        model, _ = adapted(config("both", include_bias=include))
+        change = error(model(x)[0], model.o_proj.bias)
+        assert change > 1e-3 if include else change < 1e-12
+
+
+def test_a_direction_of_no_strength_stays_finite():
+    model = toy.one(24, 32, dtype=torch.float64)
+    with torch.no_grad():
+        model.o_proj.weight[:, 4:] = 0
+    adapter = toy.perturb(ll.attach(model, config(dtype=torch.float64))).layers["o_proj"]
+    assert adapter.sigma[7] < 1e-6
+    adapter.sigma[7] = 0
+    out = model(toy.inputs(5, 24, dtype=torch.float64))
+    assert out.isfinite().all()
+    assert out.abs().max() < 100
+
+
+@pytest.mark.parametrize("rotate", MODES)
+def test_gradient_pattern(rotate):
+    names = {"d"} | {f"theta_{side}" for side in ("v", "u") if rotate in (side.upper(), "both")}
+    assert live_gradients(config(rotate)) == [names, names]
+
+
+def test_gradients_are_those_of_finite_differences():
+    check_finite_differences(config("both"))
+
+
+def test_trained_and_frozen_numbers():
+    for rotate, sides in (("V", 1), ("U", 1), ("both", 2)):
+        model, _ = adapted(config(rotate))
+        assert (ll.status(model).trainable, ll.status(model).frozen) == (8 + sides * 8 * 3 // 2, 32 * 8 + 8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"block_size": 3}, r"o_proj.*block_size=3 does not divide 8"),
+        ({"block_size": 1}, "block_size is 2 or more"),
+        ({"max_angle": 0.0}, "max_angle is above 0 and below pi"),
+        ({"max_angle": 3.2}, "max_angle is above 0 and below pi"),
+        ({"rotate": "W"}, "rotate: one of 'V', 'U', 'both'"),
+    ],
+)
+def test_bad_options_are_refused(fields, message):
+    with pytest.raises(ll.LoraLiteError, match=message):
+        adapted(config(**fields))

@@ -1,0 +1,181 @@
+"""VeRA against the paper's formula in dense float64 and against PEFT."""
+
+import json
+
+import pytest
+import torch
+
+import lora_lite as ll
+from lora_lite.core.checkpoint import read
+from lora_lite.testing import checks, toy
+from lora_lite.testing.checks import error
+from tests.oracles.layer import (
+    T64,
+    adapted,
+    check_agree,
+    check_decay_ends_at_base,
+    check_dense,
+    check_ignores_bias,
+    check_parity_by_name,
+    live_gradients,
+)
+
+PROJECTIONS = ["q_proj", "o_proj", "up_proj", "down_proj"]
+
+
+def dense(a, W, b, c):
+    return W + c * torch.diag(a.lambda_b) @ a.B @ torch.diag(a.lambda_d) @ a.A, b
+
+
+@pytest.mark.parametrize("check", checks("vera", ll.VeRAConfig(r=8, save_shared=False)), ids=str)
+def test_contract_without_the_shared_matrices_in_the_file(check):
+    check()
+
+
+@pytest.mark.parametrize("check", checks("vera", ll.VeRAConfig(r=64, d_init=-0.5)), ids=str)
+def test_contract_with_a_rank_above_the_layer(check):
+    check()
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(24, 32), (32, 24)])
+@pytest.mark.parametrize("r", [1, 5, 40])
+def test_output_and_gradients_equal_the_dense_form(d_in, d_out, r):
+    check_dense(ll.VeRAConfig(r=r), dense, d_in=d_in, d_out=d_out)
+
+
+def test_every_layer_uses_the_leading_part_of_one_pair():
+    model = toy.toy()
+    layers = ll.attach(model, ll.VeRAConfig(r=8, rank_pattern={"o_proj": 3})).layers
+    A, B = (layers["blocks.1.o_proj"].shared[name].tensor for name in "AB")
+    assert (A.shape, B.shape) == ((8, 48), (48, 8))  # the widest input and output of the four projections
+    for path, a in layers.items():
+        assert torch.equal(a.A, A[: a.cfg.r, : a.d_in]), path
+        assert torch.equal(a.B, B[: a.d_out, : a.cfg.r]), path
+        assert a.A.untyped_storage().data_ptr() == A.untyped_storage().data_ptr()
+        assert a.B.untyped_storage().data_ptr() == B.untyped_storage().data_ptr()
+
+
+def test_start_values():
+    _, a = adapted(ll.VeRAConfig(r=100), d_in=600, d_out=500, size=0)
+    assert not a.lambda_b.any()
+    assert bool((a.lambda_d == torch.tensor(0.1)).all())
+    for M, fan_in in ((a.A, 600), (a.B, 100)):
+        bound = (6 / fan_in) ** 0.5
+        assert 0.999 * bound < M.abs().max() <= bound * (1 + 1e-7)
+        assert abs(M.std() / (2 / fan_in) ** 0.5 - 1) < 0.01  # the deviation of Kaiming's draw with a ReLU gain
+        assert abs(M.mean()) < 0.01 * bound
+
+
+def test_bound_of_A_comes_from_the_widest_input():
+    widest = ll.attach(toy.toy(), ll.VeRAConfig(r=64)).layers["blocks.0.q_proj"].A
+    alone = ll.attach(toy.toy(), ll.VeRAConfig(r=64, targets="q_proj")).layers["blocks.0.q_proj"].A
+    assert widest.abs().max() <= (6 / 48) ** 0.5 < alone.abs().max() <= (6 / 24) ** 0.5
+
+
+def test_d_init_is_the_start_and_the_size_of_the_first_step():
+    first = []
+    for d_init in (0.1, 0.4):
+        model, a = adapted(ll.VeRAConfig(r=4, d_init=d_init), size=0)
+        model(toy.inputs(5, 24, dtype=torch.float64)).sum().backward()
+        assert torch.equal(a.lambda_d.float(), torch.full((4,), d_init))
+        first.append(a.lambda_b.grad)
+    assert error(first[1], 4 * first[0]) < T64
+
+
+@pytest.mark.parametrize("d_init", [0.0, float("nan"), float("inf")])
+def test_a_start_that_cannot_train_is_refused(d_init):
+    with pytest.raises(ll.LoraLiteError, match=r"d_init=.*nothing would train"):
+        ll.VeRAConfig(d_init=d_init)
+
+
+def test_there_is_no_alpha():
+    with pytest.raises(ll.LoraLiteError, match=r"alpha=16.*no alpha"):
+        ll.VeRAConfig(alpha=16)
+
+
+def test_seed_chooses_the_pair():
+    pairs = [ll.attach(toy.toy(), ll.VeRAConfig(r=4, seed=seed)).layers["blocks.0.q_proj"] for seed in (0, 0, 1)]
+    assert torch.equal(pairs[0].A, pairs[1].A)
+    assert not torch.equal(pairs[0].A, pairs[2].A)
+    assert not torch.equal(pairs[0].B, pairs[2].B)
+
+
+def test_change_does_not_depend_on_the_bias():
+    check_ignores_bias(ll.VeRAConfig(r=4))
+
+
+def test_gradient_pattern():
+    assert live_gradients(ll.VeRAConfig(r=4)) == [{"lambda_b"}, {"lambda_b", "lambda_d"}]
+
+
+def test_decay_ends_at_the_base_model():
+    check_decay_ends_at_base(ll.VeRAConfig(r=4), spared={"lambda_d"})
+
+
+def test_trained_and_frozen_numbers():
+    model = toy.toy()
+    ll.attach(model, ll.VeRAConfig(r=8))
+    outputs = 2 * (32 + 24 + 48 + 24)
+    assert ll.status(model).trainable == outputs + 8 * 8
+    assert ll.status(model).frozen == 8 * (48 + 48)
+
+
+def test_file_holds_the_pair_once_or_its_hash(tmp_path):
+    names = {f"blocks.{n}.{p}.lambda_{v}" for n in (0, 1) for p in PROJECTIONS for v in "bd"}
+    for save_shared in (True, False):
+        path = tmp_path / f"{save_shared}.safetensors"
+        model = toy.toy()
+        toy.perturb(ll.attach(model, ll.VeRAConfig(r=8, save_shared=save_shared)))
+        ll.save(model, path)
+        header, tensors = read(path)
+        assert set(tensors) == names | ({"*.A", "*.B"} if save_shared else set())
+        assert set(json.loads(header.get("drawn", "{}"))) == (set() if save_shared else {"A", "B"})
+        fresh, x = toy.toy(), toy.inputs(3, 5, 24)
+        ll.load(fresh, path)
+        assert torch.equal(fresh(x), model(x))
+
+
+def test_parity_with_peft():
+    peft = pytest.importorskip("peft")
+    config = peft.VeraConfig(r=6, target_modules=["o_proj"], init_weights=False, vera_dropout=0.0)
+    names = {name: f"vera_{name}" for name in ("A", "B", "lambda_b", "lambda_d")}
+    check_parity_by_name(ll.VeRAConfig(r=6), config, names)
+    check_parity_by_name(ll.VeRAConfig(r=6), config, names, d_in=32, d_out=24, bias=False)
+
+
+def test_parity_with_peft_over_layers_of_several_widths():
+    """The same rows and columns of the shared pair go to each layer."""
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(toy.toy(), peft.VeraConfig(r=6, target_modules=PROJECTIONS, init_weights=False))
+    ours = toy.toy()
+    layers = ll.attach(ours, ll.VeRAConfig(r=6)).layers
+    peers = {path: theirs.base_model.model.get_submodule(path) for path in layers}
+    with torch.no_grad():
+        for path, a in layers.items():
+            peer = peers[path]
+            a.shared["A"].tensor.copy_(peer.vera_A["default"])
+            a.shared["B"].tensor.copy_(peer.vera_B["default"])
+            a.lambda_b.copy_(peer.vera_lambda_b["default"].mul_(0.3))
+            a.lambda_d.copy_(peer.vera_lambda_d["default"])
+
+    def gradients():
+        return [
+            (getattr(a, name).grad, getattr(peers[path], f"vera_{name}")["default"].grad)
+            for path, a in layers.items()
+            for name in ("lambda_b", "lambda_d")
+        ]
+
+    check_agree(ours, theirs, toy.inputs(3, 5, 24), gradients)
+
+
+def test_start_follows_the_distribution_of_peft():
+    """The same bounds; the numbers themselves come from another stream."""
+    peft = pytest.importorskip("peft")
+    config = peft.VeraConfig(r=64, target_modules=PROJECTIONS)
+    theirs = peft.get_peft_model(toy.toy(), config).base_model
+    layers = ll.attach(toy.toy(), ll.VeRAConfig(r=64)).layers
+    for name, other in (("A", theirs.vera_A["default"]), ("B", theirs.vera_B["default"])):
+        mine = layers["blocks.0.q_proj"].shared[name].tensor
+        assert mine.shape == other.shape
+        assert float(abs(mine.abs().max() / other.abs().max() - 1)) < 0.01
+        assert float(abs(mine.std() / other.std() - 1)) < 0.05

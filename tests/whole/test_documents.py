@@ -1,0 +1,143 @@
+"""README, review pages and variant files say what is there: names, tests, figures, fields, lengths."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+import lora_lite.variants
+from lora_lite.contract.registry import CARD_FIELDS, card
+from lora_lite.testing import toy
+from tests import ROOT
+
+PAGES = ROOT / "docs" / "reviews"
+VARIANTS = Path(lora_lite.variants.__file__).parent
+FILES = sorted(p for p in VARIANTS.glob("*.py") if p.name != "__init__.py")
+PLUMBING = re.compile(r"\.to\(|\.data\b|\.float\(\)|requires_grad|register_(forward|full|buffer|parameter)|\.cuda\(")
+
+
+def defined_tests(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_variant_has_a_file_and_a_page_of_its_name():
+    for name in ll.names():
+        assert (VARIANTS / f"{name}.py").exists()
+        assert (PAGES / f"{name}.md").exists()
+    assert {p.stem for p in PAGES.glob("*.md")} <= set(ll.names())
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda p: p.stem)
+def test_page_names_tests_that_exist_and_a_verdict_for_every_claim(page):
+    text = page.read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)", text)
+    assert named, "no test is named"
+    for path, function in named:
+        assert function in defined_tests(ROOT / path if "test_contract" not in path else CONTRACT), f"{path}::{function}"
+    for check in re.findall(r"\((check_\w+)\)", text):
+        assert check in CHECKS, check
+    claims = [line for line in text.splitlines() if re.match(r"\| *[\w.]+ *\|", line) and "claim" not in line]
+    assert len(claims) >= 3
+    for line in claims:
+        assert re.search(r"MATCHES|DEVIATES-OK|BUG", line), line
+        assert "tests/" in line, f"a claim without a test: {line}"
+    for part in ("Observations", "Inference", "Verdict"):
+        assert part in text
+
+
+CONTRACT = Path(ll.__file__).parent / "testing" / "test_contract.py"
+CHECKS = defined_tests(CONTRACT.parent / "checks.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_variant_file_is_short_mathematics_with_every_field(path):
+    text = path.read_text()
+    assert 15 <= len(text.splitlines()) <= 80
+    assert not PLUMBING.findall(text)
+    fields = card(ll.get(path.stem))
+    assert set(CARD_FIELDS) <= set(fields)
+    assert all(fields[field] for field in CARD_FIELDS)
+    assert re.search(r"\d{4}", fields["paper"])
+
+
+def test_no_six_lines_stand_in_two_variant_files():
+    seen = {}
+    for path in FILES:
+        body = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        for start in range(len(body) - 5):
+            run = "\n".join(body[start : start + 6])
+            assert seen.setdefault(run, path.stem) == path.stem, f"{path.stem} and {seen[run]} both say:\n{run}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_name_of_a_variant_stands_in_its_own_file_only(path):
+    source = Path(ll.__file__).parent
+    elsewhere = [
+        other.relative_to(source).as_posix()
+        for other in source.rglob("*.py")
+        if other != path and re.search(rf"['\"]{path.stem}['\"]", other.read_text())
+    ]
+    # an orientation carries the name of the paper that the words come from
+    orientation = {"corda": {"families/basis.py", "families/subspace.py", "variants/antipasto_corda.py"}}
+    assert not set(elsewhere) - orientation.get(path.stem, set()), elsewhere
+
+
+def test_generated_documents_are_fresh():
+    from benchmarks.table import pages
+
+    for path, content in pages().items():
+        assert path.read_text() == content, "just table"
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)h][^)]*)\)", (ROOT / "README.md").read_text())
+    assert len(links) > len(ll.names())
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_table_lists_every_variant_and_its_record():
+    from benchmarks.table import record, row
+
+    readme = (ROOT / "README.md").read_text()
+    for name in ll.names():
+        assert row(name) in readme
+        assert record(name) is not None, f"just bench-variant {name} out=benchmarks/results && just table"
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_proj, self.o_proj = (nn.Linear(24, 24) for _ in range(3))
+
+    def forward(self, x):
+        return self.o_proj(torch.tanh(self.q_proj(x)) * self.v_proj(x))
+
+
+def test_examples_of_the_readme_run(tmp_path, monkeypatch):
+    from tests.testing.test_planted_faults import Sound
+
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    quickstart, later, *rest = blocks
+    names = {"torch": torch, "model": toy.seeded(Attention), "x": toy.inputs(3, 5, 24)}
+    exec(quickstart, names)
+    names |= {"model": toy.seeded(Attention), "batches": [(toy.inputs(4, 6, 24),)]}
+    exec(later, names)
+    (suite,) = (block for block in rest if "check_variant" in block)
+    exec(suite, {"Mine": Sound})
+    (file,) = (block for block in rest if "@register" in block)
+    assert file in {p.read_text() for p in FILES}
+
+
+def test_quickstart_is_three_lines():
+    quickstart = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[1]
+    assert len([line for line in quickstart.splitlines() if "ll." in line]) == 3
+
+
+def test_the_changelog_counts_the_variants():
+    words = {11: "Eleven", 25: "Twenty-five", 26: "Twenty-six", 27: "Twenty-seven"}
+    assert f"- {words[len(ll.names())]} variants" in (ROOT / "CHANGELOG.md").read_text()

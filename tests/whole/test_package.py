@@ -1,0 +1,155 @@
+"""The package as users get it: import cost, runtime dependencies, wheel, command line, plugins."""
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import lora_lite as ll
+from tests import ROOT
+
+ALLOWED = {"torch", "safetensors", "einops", "jaxtyping", "lora_lite"}
+
+
+def python(*arguments, cwd=None, path=None):
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(path or ""), "PYTHONWARNINGS": "ignore"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
+
+
+def test_import_pulls_in_nothing_beyond_the_four_dependencies():
+    """What torch, safetensors, einops and jaxtyping import themselves is theirs; the rest must be the standard library."""
+    code = """
+import json, sys
+import torch, safetensors.torch, einops, jaxtyping
+before = set(sys.modules)
+import lora_lite
+lora_lite.names()
+print(json.dumps(sorted({m.partition(".")[0] for m in set(sys.modules) - before})))
+"""
+    found = python("-c", code)
+    assert found.returncode == 0, found.stderr
+    new = set(json.loads(found.stdout)) - set(sys.stdlib_module_names)
+    assert new <= ALLOWED, new
+
+
+def test_numpy_is_not_needed(tmp_path):
+    """torch runs without it, and it is none of the four."""
+    code = """
+import sys
+sys.modules["numpy"] = None
+import torch, lora_lite as ll
+model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+for name in ("lora", "pissa", "hra"):
+    handle = ll.attach(model, ll.config(name, r=2))
+    ll.save(model, "a.safetensors")
+    ll.export_peft(model, name)
+    handle.detach()
+    ll.load(model, "a.safetensors").detach()
+    ll.load_peft(model, name).detach()
+"""
+    ran = python("-c", code, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_declared_dependencies_are_the_four():
+    tomllib = pytest.importorskip("tomllib")
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {d.partition(">")[0] for d in project["dependencies"]} == ALLOWED - {"lora_lite"}
+
+
+def test_wheel_holds_the_package_and_runs_the_quickstart(tmp_path):
+    built = python("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT))
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert "lora_lite/py.typed" in names
+        assert "lora_lite/templates/variant.py.txt" in names
+        assert not [n for n in names if n.startswith(("tests/", "benchmarks/"))]
+        archive.extractall(tmp_path / "site")
+    code = """
+import torch, lora_lite as ll
+assert "site" in ll.__file__
+model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+ll.attach(model, ll.config("lora", r=2))
+ll.save(model, "a.safetensors")
+ll.load(torch.nn.Sequential(torch.nn.Linear(8, 8)), "a.safetensors", strict_base=False)
+print(len(ll.names()))
+"""
+    ran = python("-c", code, cwd=tmp_path, path=tmp_path / "site")
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) == len(ll.names())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from lora_lite.testing import toy
+
+    path = tmp_path_factory.mktemp("cli") / "a.safetensors"
+    model = toy.toy()
+    ll.attach(model, ll.config("lora", r=2))
+    ll.save(model, path)
+    return path
+
+
+def test_command_line_lists_shows_and_inspects(checkpoint):
+    listed = python("-m", "lora_lite", "list")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ll.names()
+    shown = python("-m", "lora_lite", "show", "lora").stdout
+    assert "y' = y + c s B A x" in shown
+    assert "alpha            16.0" in shown
+    inspected = python("-m", "lora_lite", "inspect", str(checkpoint)).stdout
+    assert "blocks.0.q_proj.A  (2, 24)  float32" in inspected
+
+
+def test_command_line_errors_are_short(checkpoint):
+    for arguments, word in ((("show", "lroa"), "Closest name: lora"), (("inspect", str(checkpoint) + "x"), "cannot be read")):
+        found = python("-m", "lora_lite", *arguments)
+        assert found.returncode == 2
+        assert word in found.stderr
+        assert "Traceback" not in found.stderr
+
+
+def test_new_variant_passes_the_suite_and_writes_over_nothing(tmp_path):
+    places = ("--folder", "plugin", "--tests", "tests", "--reviews", "reviews")
+    made = python("-m", "lora_lite", "new", "my_method", *places, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "reviews" / "my_method.md").exists()
+    assert (tmp_path / "tests" / "test_my_method.py").exists()
+    assert "exists" in python("-m", "lora_lite", "new", "my_method", *places, cwd=tmp_path).stderr
+    assert "cannot be called" in python("-m", "lora_lite", "new", "My-Method", *places, cwd=tmp_path).stderr
+    assert "already" in python("-m", "lora_lite", "new", "lora", *places, cwd=tmp_path).stderr
+    code = """
+import my_method
+from lora_lite.contract.registry import CARD_FIELDS, card
+from lora_lite.testing import check_variant
+check_variant("my_method")
+assert set(CARD_FIELDS) <= set(card(my_method.MyMethod))
+"""
+    checked = python("-c", code, cwd=tmp_path, path=tmp_path / "plugin")
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_variants_of_other_packages_join_by_entry_point(tmp_path):
+    (tmp_path / "plug.py").write_text(
+        "import lora_lite as ll\nfrom lora_lite.variants.lora import LoRA, LoRAConfig\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass PlugConfig(LoRAConfig): pass\n"
+        "@ll.register\nclass Plug(LoRA): Config = PlugConfig\n"
+    )
+    info = tmp_path / "plug-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lora_lite.variants]\nplug = plug\nbroken = nowhere_to_be_found\n")
+    found = python("-c", "import lora_lite as ll; print(ll.names()); print(ll.PlugConfig(r=3).r)", path=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "'plug'" in found.stdout
+    assert found.stdout.splitlines()[1] == "3"
+    loud = subprocess.run(
+        [sys.executable, "-W", "always", "-c", "import lora_lite as ll; ll.names()"],
+        capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert "variant plugin broken" in loud.stderr
