@@ -162,10 +162,8 @@ def page() -> str:
                 text += ["", "The table of methods is in [variants.md](variants.md)."]
             if files:
                 text += ["", "| file | what it holds |", "|---|---|"]
-                text += [
                 rows = {m.replace(".", "/"): headline(p).replace("|", "\\|") for m, p in files.items()}
                 text += [f"| `{name}.py` | {line} |" for name, line in rows.items()]
-                ]
     return "\n".join(text) + "\n"
 
 
