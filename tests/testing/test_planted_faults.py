@@ -1,5 +1,7 @@
 """Each check of the conformance suite catches the fault it is meant for, planted in a throw-away variant."""
 
+import importlib
+import pkgutil
 from dataclasses import dataclass
 
 import pytest
@@ -251,6 +253,14 @@ FAULTS = {
     ReusesOnAnyBase: "check_reuses_nothing_stale",
     HasLinearChildren: "check_specs_are_declarative",
 }
+
+
+def test_every_check_that_is_written_runs():
+    themes = importlib.import_module("lora_lite.testing.checks")  # `lora_lite.testing.checks` is the function
+    modules = [importlib.import_module(f"{themes.__name__}.{m.name}") for m in pkgutil.iter_modules(themes.__path__)]
+    written = {f for module in modules for name, f in vars(module).items() if name.startswith("check_")}
+    assert written == {check.function for check in checks(Sound)}
+    assert len(modules) > 5
 
 
 def test_a_sound_variant_passes_every_check():
