@@ -15,6 +15,10 @@ setup:
 test *args: setup
     OMP_NUM_THREADS=1 {{ python }} -m pytest -q -n logical --maxprocesses 4 --dist worksteal {{ args }}
 
+# run every test, also those marked `long` (tests/oracles/kinds.py): every variant where the everyday suite takes one of its kind
+test-long *args:
+    @{{ just_executable() }} test -m '"long or not long"' {{ args }}
+
 # format, lint, types, generated tables, tests
 check: setup
     {{ python }} -m ruff format --check .
@@ -68,7 +72,7 @@ new-variant name: setup
     @{{ python }} -m lora_lite new {{ name }}
     @{{ python }} -m benchmarks.table
 
-# write the README's table of variants from the registry and the committed records
+# write what is generated in README.md and docs from the registry and the committed records: just table --check only looks
 table *options: setup
     @{{ python }} -m benchmarks.table {{ options }}
 

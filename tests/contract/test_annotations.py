@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests import ROOT
 
 CHECKED = "lora_lite.variants,lora_lite.families,beartype.beartype"
@@ -13,9 +15,13 @@ def run(*arguments):
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 
-def test_shapes_of_every_variant_hold_while_the_suite_runs():
-    """Without the compile check: the checker itself breaks a graph."""
-    found = run("tests/variants/test_contract.py", "-k", "not check_compiles")
+CALLS = ("calls_and_shapes", "coeff_per_sample", "gradients_flow", "follows_dtype", "needs_data", "save_load")
+
+
+@pytest.mark.parametrize("which", [" or ".join(CALLS), pytest.param("not check_compiles", marks=pytest.mark.long)])
+def test_shapes_of_every_variant_hold_while_the_suite_runs(which):
+    """Every day the checks that call a variant in another way each. Without the compile check: the checker breaks a graph."""
+    found = run("tests/variants/test_contract.py", "-k", which)
     assert found.returncode == 0, found.stdout[-2000:]
 
 

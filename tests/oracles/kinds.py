@@ -1,0 +1,37 @@
+"""Variants of one kind promise the same and are built alike: in the everyday suite one of them stands for all in slow tests.
+
+`just test-long` runs every one.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import pytest
+
+import lora_lite as ll
+from lora_lite.contract.method import Method
+from lora_lite.testing import toy
+
+
+def kind(name: str) -> Hashable:
+    """What decides which code of the library a variant goes through: its claims, its sides, and whether it reads data."""
+    cls = ll.get(name)
+    claims = cls.claims
+    promises = (claims.affine, claims.contraction, claims.isometry, claims.rank is not None, claims.start == 0)
+    built = (claims.safe_coeff is not None, claims.reads_weight)
+    sides = (cls.forward is not Method.forward, cls.forward_input is not Method.forward_input)
+    return promises, built, sides, bool(cls.needs(toy.small(cls)))
+
+
+def representatives(names: Iterable[str] | None = None) -> set[str]:
+    """The first of every kind among these names, or among all."""
+    first: dict[Hashable, str] = {}
+    for name in ll.names() if names is None else names:
+        first.setdefault(kind(name), name)
+    return set(first.values())
+
+
+def one_of_each_kind(names: Sequence[str]) -> list[Any]:
+    """The names as parameters of a slow test: one of each kind every day, the others in `just test-long`."""
+    daily = representatives(names)
+    return [name if name in daily else pytest.param(name, marks=pytest.mark.long) for name in names]
