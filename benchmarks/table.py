@@ -1,9 +1,9 @@
-"""What is generated: parts of the README and whole pages of docs; from the registry and the committed records.
+"""What is generated: parts of pages and whole pages of docs; from the registry and the committed records.
 
-`--check` finds stale ones. Parts of the README:
+`--check` finds stale ones. Parts stand between two comments that name them, in the page that PARTS says:
 
-variants  the table       example  a whole variant file       base  how well the embedded base predicts prose
-steering  what one direction does
+example  a whole variant file              variants  the table
+base     how well the embedded base predicts prose       steering  what one direction does
 """
 
 import json
@@ -51,7 +51,7 @@ def row(name: str) -> str:
             f"{after['prose_bits_per_byte'] - base['prose_bits_per_byte']:+.3f}",
             f"{cost['step_ratio']:.2f}",
         ]
-    return f"| [`{name}`](docs/reviews/{name}.md) | {what} | {source} | {' | '.join(figures)} |"
+    return f"| [`{name}`](reviews/{name}.md) | {what} | {source} | {' | '.join(figures)} |"
 
 
 def table() -> str:
@@ -79,10 +79,10 @@ def caption() -> str:
         text += f", full fine-tuning reaches {final(full['runs'][0])['code_bits_per_byte']:.3f}"
     return (
         f"{text}. Learning rates from a sweep on a validation part of the training text "
-        "([records](benchmarks/results/sweep)).\nRanks are each config's default, lowered where the base's narrowest layer is "
-        "narrower; one seed does not rank methods. "
+        "([records](../benchmarks/results/sweep)).\nRanks are each config's default, lowered where the base's narrowest layer "
+        "is narrower; one seed does not rank methods. "
         f"{where['threads']} CPU threads, torch {where['torch']}; step time is forward + backward\n"
-        "beside the bare frozen model in the same run. Records: [benchmarks/results](benchmarks/results)."
+        "beside the bare frozen model in the same run. Records: [benchmarks/results](../benchmarks/results)."
     )
 
 
@@ -99,7 +99,7 @@ def base() -> str:
         f"The embedded base predicts held-out English technical prose at {found['model']:.2f} bits per byte;\n"
         "on the same bytes "
         f"`zlib -9` needs {found['zlib -9']:.2f} and `lzma -9e` {found['lzma -9e']:.2f} "
-        "([recipe, log and figures](benchmarks/base)).\n"
+        "([recipe, log and figures](../benchmarks/base)).\n"
         "Which modules and topics are held out follows from a hash of their names."
     )
 
@@ -110,22 +110,26 @@ def steering() -> str:
 
 
 REPORTS = {"cost": cost_report, "compatibility": compatibility_report, "forecast": forecast_report}
-PARTS = {"variants": lambda: f"{table()}\n\n{caption()}", "example": example, "base": base, "steering": steering}
+PARTS = {
+    "README.md": {"example": example},
+    "docs/variants.md": {"variants": lambda: f"{table()}\n\n{caption()}"},
+    "docs/benchmark.md": {"base": base},
+    "docs/steering.md": {"steering": steering},
+}
 
 
-def fresh(readme: str) -> str:
-    """The README with every generated part written anew."""
-    for name, write in PARTS.items():
+def fresh(page: str, text: str) -> str:
+    """The text of `page` with every generated part written anew."""
+    for name, write in PARTS[page].items():
         begin, end = f"<!-- {name}: written by `just table` -->", f"<!-- end of {name} -->"
-        head, tail = readme[: readme.index(begin)], readme[readme.index(end) :]
-        readme = f"{head}{begin}\n{write()}\n{tail}"
-    return readme
+        head, tail = text[: text.index(begin)], text[text.index(end) :]
+        text = f"{head}{begin}\n{write()}\n{tail}"
+    return text
 
 
 def pages() -> dict[Path, str]:
     """Every generated document as it should be."""
-    readme = ROOT / "README.md"
-    made = {readme: fresh(readme.read_text())}
+    made = {ROOT / page: fresh(page, (ROOT / page).read_text()) for page in PARTS}
     for name, report in REPORTS.items():
         if found := record(name):
             made[ROOT / "docs" / f"{name}.md"] = report.page(found)

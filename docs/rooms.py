@@ -138,7 +138,9 @@ def page() -> str:
     text = [
         "# The rooms",
         "",
-        "An import goes down or stays in its room (`tests/whole/test_rooms.py`). This page is written by `just table` from the",
+        "The source, `src/lora_lite`, is a house: each folder is a room on a floor. An import goes down or stays in its room",
+        "(`tests/whole/test_rooms.py`). The list says which rooms each room imports; read upwards to see who notices a change.",
+        "[Contribute](contribute.md#where-code-belongs) says which room is for what. `just table` writes this page from the",
         "imports and the first sentences of the files.",
         "",
         "```",
@@ -159,7 +161,7 @@ def page() -> str:
             if door is not None:
                 text += [headline(door)]
             if room == "variants":
-                text += ["", "The table of methods is in [variants.md](variants.md)."]
+                text += ["", "[The table](variants.md) lists them, [writing a variant](writing-a-variant.md) adds one."]
             if files:
                 text += ["", "| file | what it holds |", "|---|---|"]
                 rows = {m.replace(".", "/"): headline(p).replace("|", "\\|") for m, p in files.items()}

@@ -1,4 +1,4 @@
-"""What a record of the steering example says: a table, a plot and the README's sentences; no figure comes from elsewhere."""
+"""What a record of the steering example says: table, plot and sentences of docs/steering.md; no figure is from elsewhere."""
 
 import io
 import textwrap
@@ -89,7 +89,7 @@ def plot(record: dict[str, Any]) -> bytes:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """The README's sentences."""
+    """The sentences of docs/steering.md."""
     base, blocks, low = record["base"], record["blocks"], min(record["settings"]["coeffs"])
     rows, held_out = record["data"]["calibration"]["rows_positive"], record["data"]["held_out"]
     error = {row["coeff"]: row["due_change_error"] for row in record["curves"]["contrast"][0]["rows"]}
@@ -110,6 +110,6 @@ def summary(record: dict[str, Any]) -> str:
         f"{moved('variance', 1.0)}. The harm on {held_out['counted_bytes']:,} other bytes is a KL of {kl('contrast')} bits per",
         f"byte at 1, {kl('contrast', low)} at {low:g} (at 1 random {kl('random')}, variance {kl('variance')}); before plain",
         f"words log2 P(backquote), {base['otherwise']:.2f}, moves by {moved('contrast', 1.0, 'otherwise')} and",
-        f"{moved('contrast', low, 'otherwise')} ([record](benchmarks/results/steering.json)).",
+        f"{moved('contrast', low, 'otherwise')} ([record](../benchmarks/results/steering.json)).",
     )
     return textwrap.fill(" ".join(sentences), 125, break_long_words=False, break_on_hyphens=False)

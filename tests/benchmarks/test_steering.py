@@ -190,8 +190,8 @@ def test_committed_record_shows_steering_both_ways_and_its_controls(committed):
     assert at(committed, "random", 1.0, "kl") < at(committed, "contrast", 1.0, "kl") < at(committed, "variance", 1.0, "kl")
 
 
-def test_readme_has_the_records_figures_and_its_picture(committed):
-    readme = (ROOT / "README.md").read_text()
-    assert summary(committed) in readme
-    assert "](docs/steering.png)" in readme
+def test_page_has_the_records_figures_and_its_picture(committed):
+    text = (ROOT / "docs" / "steering.md").read_text()
+    assert summary(committed) in text
+    assert "](steering.png)" in text
     assert (ROOT / "docs" / "steering.png").exists()

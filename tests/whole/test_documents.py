@@ -1,4 +1,4 @@
-"""README, review pages and variant files say what is there: names, tests, figures, fields, lengths."""
+"""Pages and variant files say what is there: links, paths, names, tests, figures, fields, lengths; their code runs."""
 
 import ast
 import re
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
+import lora_lite.testing
 import lora_lite.variants
 from lora_lite.contract.registry import CARD_FIELDS, card
 from lora_lite.testing import toy
@@ -50,7 +51,7 @@ def test_page_names_tests_that_exist_and_a_verdict_for_every_claim(page):
 
 
 CONTRACT = Path(ll.__file__).parent / "testing" / "test_contract.py"
-CHECKS = defined_tests(CONTRACT.parent / "checks.py")
+CHECKS = {check.__name__ for check in lora_lite.testing.CHECKS}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -93,18 +94,54 @@ def test_generated_documents_are_fresh():
         assert path.read_text() == content, "just table"
 
 
-def test_links_of_the_readme_lead_somewhere():
-    links = re.findall(r"\]\(([^)h][^)]*)\)", (ROOT / "README.md").read_text())
-    assert len(links) > len(ll.names())
-    assert not [link for link in links if not (ROOT / link).exists()]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMED = re.compile(r"(?<![\w/.])(?:src/lora_lite|tests|benchmarks|docs)/[\w/.-]*\w(?:/(?=`))?")
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_and_named_paths_lead_somewhere(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.S)):
+        path, _, anchor = link.partition("#")
+        if re.match(r"\w+://", link):
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+    made = {"src/lora_lite/variants/NAME.py", "tests/variants/test_NAME.py", "docs/reviews/NAME.md", "benchmarks/runs"}
+    missing = [path for path in NAMED.findall(text) if not (ROOT / path).exists() and path not in made]
+    assert not missing, missing
+
+
+def test_the_contents_lead_to_every_page():
+    text = (ROOT / "docs" / "README.md").read_text()
+    pages = {p.relative_to(ROOT / "docs").as_posix() for p in DOCUMENTS[2:]} - {"README.md"}
+    assert {p for p in pages if not p.startswith("reviews/")} == set(re.findall(r"\]\(([\w/-]+\.md)\)", text))
+
+
+def test_contribute_names_every_recipe_and_every_room():
+    from docs.rooms import floor_of
+
+    text = (ROOT / "docs" / "contribute.md").read_text()
+    recipes = re.findall(r"^([a-z][\w-]*)(?: [^:=\n]*)?:(?!=)", (ROOT / "justfile").read_text(), flags=re.MULTILINE)
+    assert set(recipes) - {"default"} == set(re.findall(r"^\| `just ([\w-]+)", text, flags=re.MULTILINE))
+    assert set(floor_of) - {"lora_lite", "templates", "errors", "version"} == set(
+        re.findall(r"\| `(\w+)` \|$", text, flags=re.MULTILINE)
+    )
 
 
 def test_table_lists_every_variant_and_its_record():
     from benchmarks.table import record, row
 
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "variants.md").read_text()
     for name in ll.names():
-        assert row(name) in readme
+        assert row(name) in page
         assert record(name) is not None, f"just bench-variant {name} out=benchmarks/results && just table"
 
 
@@ -117,25 +154,43 @@ class Attention(nn.Module):
         return self.o_proj(torch.tanh(self.q_proj(x)) * self.v_proj(x))
 
 
-def test_examples_of_the_readme_run(tmp_path, monkeypatch):
-    from tests.testing.test_planted_faults import Sound
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
 
+
+def test_the_first_block_of_the_readme_runs_and_learns_what_the_page_says(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    first, whole = blocks("README.md")
+    assert len(first.splitlines()) <= 12
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (tmp_path / "LICENSE").symlink_to(ROOT / "LICENSE")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    quickstart, later, *rest = blocks
+    names: dict = {"__name__": "first"}
+    exec(first, names)
+    assert capsys.readouterr().out.startswith("loss: 0.0")
+    model, text = names["model"], names["text"]
+    with torch.no_grad():
+        after = model(text, labels=text).loss
+        with ll.disabled(model):
+            before = model(text, labels=text).loss
+    told = re.search(r"loss falls from (\d\.\d\d) to (\d\.\d\d)", (ROOT / "README.md").read_text())
+    assert told.groups() == (f"{before:.2f}", f"{after:.2f}")
+    assert whole in {p.read_text() for p in FILES}
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 105
+
+
+def test_examples_of_everyday_use_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train, later, data = blocks("docs/use.md")
     names = {"torch": torch, "model": toy.seeded(Attention), "x": toy.inputs(3, 5, 24)}
-    exec(quickstart, names)
+    exec(train, names)
     names |= {"model": toy.seeded(Attention), "batches": [(toy.inputs(4, 6, 24),)]}
     exec(later, names)
-    (suite,) = (block for block in rest if "check_variant" in block)
-    exec(suite, {"Mine": Sound})
-    (file,) = (block for block in rest if "@register" in block)
-    assert file in {p.read_text() for p in FILES}
-
-
-def test_quickstart_is_three_lines():
-    quickstart = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[1]
-    assert len([line for line in quickstart.splitlines() if "ll." in line]) == 3
+    exec(data, names)
+    assert len(ll.status(names["model"]).layers) == 3
 
 
 def test_the_changelog_counts_the_variants():
