@@ -6,7 +6,7 @@ import torch
 import lora_lite as ll
 from lora_lite.families.basis import contrast, scores
 from lora_lite.families.seeding import leading as leading_directions
-from lora_lite.families.subspace import OutputSubspace, floored
+from lora_lite.families.subspace import OutputSubspace, read_off, strengths
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
 from tests.oracles.layer import T64, adapted, check_rest_stays
@@ -195,10 +195,25 @@ def test_sigma_is_the_strength_of_each_direction():
     assert error(adapter.sigma, (adapter.U.T @ W).norm(dim=1)) < T64
 
 
-def test_strengths_to_divide_by_are_never_zero():
-    sigma = torch.tensor([4.0, 1e-9, 0.0])
-    assert torch.equal(floored(sigma), torch.tensor([4.0, 4e-6, 4e-6]))
-    assert torch.equal(floored(torch.zeros(2)), torch.ones(2))
+def test_directions_of_no_strength_are_read_as_zero():
+    h, sigma = torch.tensor([[8.0, 5.0, 5.0, 1e-3]]), torch.tensor([4.0, 1e-9, 0.0, 1e-3])
+    assert torch.equal(read_off(h, sigma), torch.tensor([[2.0, 0.0, 0.0, 1.0]]))
+    assert torch.equal(read_off(torch.ones(1, 2), torch.zeros(2)), torch.zeros(1, 2))
+    sigma.requires_grad_(True)
+    read_off(h, sigma).sum().backward()
+    assert sigma.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(32, 24), (24, 32), (256, 64)])
+def test_what_rounding_leaves_of_a_weight_of_low_rank_is_no_strength(shape, dtype):
+    o, i = shape
+    W = (toy.inputs(o, 3, dtype=torch.float64) @ toy.inputs(3, i, dtype=torch.float64, seed=5)).to(dtype).double()
+    U = torch.linalg.svd(W, full_matrices=False)[0]
+    sigma = strengths(W, U)
+    assert (sigma > 0).sum() == 3
+    full = (toy.inputs(o, i, dtype=torch.float64) / 3).to(dtype).double()
+    assert error(strengths(full, torch.linalg.svd(full, full_matrices=False)[0]), torch.linalg.svdvals(full)) < T64
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -324,6 +339,7 @@ def test_contrast_is_a_unit_vector_along_the_difference_of_means():
     sums = {"positive": torch.tensor([6.0, 0.0]), "negative": torch.tensor([0.0, 4.0])}
     stats = {f"y_sum/last:{k}": {"p": v} for k, v in sums.items()}
     stats |= {"n/last:positive": {"p": torch.tensor([2.0])}, "n/last:negative": {"p": torch.tensor([1.0])}}
+    stats |= {f"y_sq/last:{k}": {"p": v.square()} for k, v in sums.items()}
     assert error(contrast(cfg, stats, "p", torch.zeros(1)), torch.tensor([0.6, -0.8])) < 1e-6
 
 

@@ -282,3 +282,15 @@ def check_parity_by_name(cfg: ll.AdapterConfig, config: Any, names: dict[str, st
         return [(trained[mine].grad, tensor(theirs, other).grad) for mine, other in names.items() if mine in trained]
 
     check_parity(cfg, config, pairs, fill, **shape)
+
+
+def check_low_rank(cfg: ll.AdapterConfig, rank: int, dtype: torch.dtype, tolerance: float) -> None:
+    """On a weight of this rank, rounded to `dtype`, the layer runs as its own exact map: delta_weight in float64."""
+    model = toy.one(24, 32)
+    with torch.no_grad():
+        model.o_proj.weight.copy_(toy.inputs(32, rank) @ toy.inputs(rank, 24, seed=5) / 5 / rank**0.5)
+    toy.perturb(ll.attach(model.to(dtype), cfg), 0.5)
+    layer, x = model.o_proj, toy.inputs(64, 24, dtype=dtype)
+    W = layer.weight.double() + ll.delta_weight(model, "o_proj").double()
+    want = x.double() @ W.T + layer.bias.double()
+    assert error(model(x).double(), want) / float(want.abs().max().clamp(max=1)) < tolerance

@@ -12,6 +12,7 @@ from tests.oracles.layer import (
     adapted,
     check_dense,
     check_finite_differences,
+    check_low_rank,
     check_pushed_out_gain_comes_back,
     live_gradients,
 )
@@ -204,6 +205,12 @@ def test_directions_of_no_strength_stay_finite(rows):
     out = model(toy.inputs(5, 24, dtype=torch.float64))
     assert out.isfinite().all()
     assert out.abs().max() < 100
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("rank", [3, 4, 6])
+def test_a_weight_of_low_rank_runs_as_its_own_exact_map(rank, dtype, tolerance):
+    check_low_rank(config(), rank, dtype, tolerance)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,15 @@ from lora_lite.families.subspace import rotation
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
 from tests.families.test_subspace import BASES, batches
-from tests.oracles.layer import T64, adapted, check_dense, check_finite_differences, check_rest_stays, live_gradients
+from tests.oracles.layer import (
+    T64,
+    adapted,
+    check_dense,
+    check_finite_differences,
+    check_low_rank,
+    check_rest_stays,
+    live_gradients,
+)
 
 MODES = ("V", "U", "both")
 
@@ -77,17 +85,118 @@ def test_every_basis_gives_the_dense_form(rotate, basis):
     assert error(model(x), x @ W.T + b) < T64
 
 
-def test_one_block_of_all_directions_is_the_papers_form():
-    model, adapter = adapted(config(block_size=8, max_angle=None))
+def paper_rotation(A, c, max_angle=None):
+    """Equations 7 and 8 of the paper, of its skew matrix A: an oracle that shares neither sign nor scale with ours."""
+    I = torch.eye(len(A), dtype=A.dtype)
+    if max_angle is not None:
+        limit = 2 * math.tan(max_angle / 2)
+        A = limit * torch.tanh(A / limit)
+    return (I - c / 2 * A) @ torch.linalg.inv(I + c / 2 * A)
+
+
+def paper_skew(theta):
+    """A with -theta above its diagonal, row by row."""
+    A = theta.new_zeros(8, 8)
+    A[tuple(torch.triu_indices(8, 8, 1))] = -theta.flatten()
+    return A - A.T
+
+
+@pytest.mark.parametrize("coeff", [1.0, -0.6])
+@pytest.mark.parametrize("cap", [None, math.pi / 3])
+def test_one_block_of_all_directions_is_the_papers_form(cap, coeff):
+    model, adapter = adapted(config(block_size=8, max_angle=cap, cap="plane"))
     W, b = model.o_proj.weight.detach(), model.o_proj.bias
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     signs = (adapter.U * U[:, :8]).sum(0).sign()
     U, Vh = U[:, :8] * signs, Vh[:8] * signs[:, None]
     rest = W - U * S[:8] @ Vh
-    R = cayley(generator(adapter.theta_v.detach(), 8, None))
-    want = rest + U * (S[:8] + adapter.d.detach()) @ R @ Vh
+    A, d = paper_skew(adapter.theta_v.detach()), adapter.d.detach()
     x = toy.inputs(5, 24, dtype=torch.float64)
-    assert error(model(x), x @ want.T + b) < T64
+
+    def off(A):
+        want = rest + U * (S[:8] + coeff * d) @ paper_rotation(A, coeff, cap) @ Vh
+        with ll.scale(model, coeff):
+            return error(model(x), x @ want.T + b)
+
+    assert off(A) < T64
+    assert off(-A) > 1e-2
+
+
+def test_planes_are_capped_each_or_the_block_as_a_whole():
+    theta = torch.zeros(1, 6, dtype=torch.float64)
+    theta[0, 0] = 1e3  # one plane alone: both caps end at the largest angle
+    for cap in ("plane", "block"):
+        R = torch.eye(4, dtype=torch.float64) + rotation(theta, 1.0, 4, 0.5, cap)
+        assert abs(float(torch.linalg.eigvals(R).angle().abs().max()) - 0.5) < 1e-6
+    theta[0] = 1e3  # all six planes
+    most = {}
+    for cap in ("plane", "block"):
+        R = torch.eye(4, dtype=torch.float64) + rotation(theta, 1.0, 4, 0.5, cap)
+        most[cap] = float(torch.linalg.eigvals(R).angle().abs().max())
+    assert most["block"] < 0.5 < most["plane"] <= 2 * math.atan(3 * math.tan(0.25))
+
+
+@pytest.mark.parametrize("rotate", MODES)
+def test_plane_cap_is_lawful_and_has_the_gradients_of_its_formula(rotate):
+    check_finite_differences(config(rotate, cap="plane"))
+
+
+def antiparallel(model, x, u):
+    """The paper's loss without its barriers: the product of what both signs of coeff do along one direction."""
+    with ll.disabled(model):
+        base = model(x)
+    sides = []
+    for coeff in (1.0, -1.0):
+        with ll.scale(model, coeff):
+            sides.append((model(x) - base) @ u)
+    return (sides[0] * sides[1]).mean()
+
+
+@pytest.mark.parametrize("rotate", MODES)
+def test_only_a_start_off_the_base_moves_under_the_antiparallel_loss(rotate):
+    x, u = toy.inputs(16, 24), toy.inputs(1, 32)[0]
+    ended = {}
+    for fields in ({}, {"theta_init": 3e-3}, {"d_init": 4e-4}):
+        model = toy.one(24, 32)
+        ll.attach(model, config(rotate, **fields))
+        optimizer = torch.optim.AdamW(ll.param_groups(model, lr=1e-2))
+        for _ in range(20):
+            loss = antiparallel(model, x, u)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        ended[next(iter(fields), "exact")] = float(loss.detach())
+    assert ended["exact"] == 0
+    assert ended["theta_init"] < -1e-2
+    assert ended["d_init"] < -1e-2
+
+
+@pytest.mark.parametrize("rotate", MODES)
+@pytest.mark.parametrize("block_size", [2, 4, 8])
+def test_a_random_start_is_within_its_bound_and_drawn_by_the_seed(rotate, block_size):
+    sides = 2 if rotate == "both" else 1
+    for theta, d in ((3e-3, 0.0), (0.1, 0.0), (3e-3, 4e-4)):
+        model = toy.one(24, 32, dtype=torch.float64)
+        fields = {"block_size": block_size, "theta_init": theta, "d_init": d, "dtype": torch.float64}
+        adapter = ll.attach(model, config(rotate, **fields)).layers["o_proj"]
+        thetas = torch.cat([p.flatten() for p in adapter.thetas().values()])
+        assert thetas.abs().max() <= theta
+        assert thetas.abs().max() > theta / 4
+        moved = torch.linalg.matrix_norm(ll.delta_weight(model, "o_proj").double(), 2)
+        W = torch.linalg.matrix_norm(model.o_proj.weight, 2)
+        bound = sides * theta * (block_size * (block_size - 1) / 2) ** 0.5 * W + d
+        assert bound / 20 < moved <= bound * (1 + 1e-6)
+        with ll.scale(model, 0.0):
+            zero = model(toy.inputs(3, 24, dtype=torch.float64))
+        with ll.disabled(model):
+            assert torch.equal(model(toy.inputs(3, 24, dtype=torch.float64)), zero)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("rank", [3, 4, 6])
+@pytest.mark.parametrize("rotate", MODES)
+def test_a_weight_of_low_rank_runs_as_its_own_exact_map(rotate, rank, dtype, tolerance):
+    check_low_rank(config(rotate, block_size=8), rank, dtype, tolerance)
 
 
 def test_rotations_are_orthogonal_with_determinant_one():
@@ -242,6 +351,8 @@ def test_trained_and_frozen_numbers():
         ({"block_size": 1}, "block_size is 2 or more"),
         ({"max_angle": 0.0}, "max_angle is above 0 and below pi"),
         ({"max_angle": 3.2}, "max_angle is above 0 and below pi"),
+        ({"theta_init": -0.1}, "theta_init is 0 or a finite number above it"),
+        ({"cap": "entry"}, "cap: one of 'block', 'plane'"),
         ({"rotate": "W"}, "rotate: one of 'V', 'U', 'both'"),
     ],
 )

@@ -15,9 +15,10 @@ from ..calibration.statistics import Stats
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass
 from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract.limits import refuse_indivisible, refuse_rank
+from ..contract.spec import uniform, zeros
 from ..errors import LoraLiteError
 from ..mathematics.maps import box, lin, without_bias
-from ..mathematics.rotations import bounded, cayley_shift, skew
+from ..mathematics.rotations import bounded, cayley_shift, skew, softened
 from .basis import basis, capture, contrast, has_contrast, needed
 
 
@@ -72,7 +73,7 @@ class SubspaceConfig(OutputConfig):
 
 
 class OutputSubspace(Adapter):
-    """Parent of the methods: a child declares `core_specs` and writes `core`; one that declares sigma gets |W^T u_k|."""
+    """Parent of the methods: a child declares `core_specs` and writes `core`; one that declares sigma gets `strengths`."""
 
     claims = Claims(rank=lambda cfg: cfg.r)
 
@@ -114,7 +115,7 @@ class OutputSubspace(Adapter):
         """Take U as the basis, note sigma where it is declared, report the share of the statistics that U captures."""
         self.U.copy_(U)
         if "sigma" in self.specs():
-            self.sigma.copy_((W.T @ U).norm(dim=0))
+            self.sigma.copy_(strengths(W, U))
         share = capture(stats, path, W, U)
         if share is not None:
             self.report["capture"] = share
@@ -153,10 +154,21 @@ def gain(coeff: Any, g: Float[Tensor, " r"], suppress_only: bool) -> Float[Tenso
     return F.elu(coeff * (box(g, -math.inf, 0.0) if suppress_only else g))
 
 
-def floored(sigma: Float[Tensor, " r"]) -> Float[Tensor, " r"]:
-    """sigma, at least 1e-6 of the largest, and 1 where all are 0: what the coordinates h may be divided by."""
-    sigma = sigma.clamp(min=1e-6 * sigma.max())
-    return torch.where(sigma > 0, sigma, 1.0)
+def strengths(W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> Float[Tensor, " r"]:
+    """sigma_k = |W^T u_k|, and 0 where rounding W to the numbers that it holds leaves as much in any direction.
+
+    Rounding errors of relative size e are a random matrix of norm about e |W|_F (1/sqrt(o) + 1/sqrt(i)) / 3.
+    """
+    held = next((d for d in (torch.bfloat16, torch.float16, torch.float32) if torch.equal(W.to(d).to(W.dtype), W)), W.dtype)
+    sigma = (W.T @ U).norm(dim=0)
+    noise = torch.finfo(held).eps / 2 * W.norm() * (W.shape[0] ** -0.5 + W.shape[1] ** -0.5)
+    return torch.where(sigma > noise, sigma, 0.0)
+
+
+def read_off(h: Float[Tensor, "... r"], sigma: Float[Tensor, " r"]) -> Float[Tensor, "... r"]:
+    """p = h / sigma, and 0 where sigma is at most 1e-6 of the largest: what y shows of such a direction is rounding."""
+    present = sigma > 1e-6 * sigma.max()
+    return torch.where(present, h / torch.where(present, sigma, 1.0), 0.0)
 
 
 def angles(cfg: Any) -> ParamSpec:
@@ -166,10 +178,16 @@ def angles(cfg: Any) -> ParamSpec:
         cfg.refuse("block_size", b, "2 or more: one direction has nothing to turn to")
     if most is not None and not 0 < most < math.pi:
         cfg.refuse("max_angle", most, "above 0 and below pi, in radians, or None")
+    if not 0 <= cfg.theta_init < math.inf:
+        cfg.refuse("theta_init", cfg.theta_init, "0 or a finite number above it")
     refuse_indivisible("block_size", b, cfg.r)
-    return ParamSpec((cfg.r // b, b * (b - 1) // 2), identity=0, decay=True)
+    start = uniform(cfg.theta_init) if cfg.theta_init else zeros
+    return ParamSpec((cfg.r // b, b * (b - 1) // 2), start, identity=0, decay=True)
 
 
-def rotation(theta: Float[Parameter, "n m"], c: float | Tensor, b: int, max_angle: float | None) -> Float[Tensor, "n b b"]:
-    """R - I of the Cayley rotations of c X, X = skew(theta) / 2 bounded: for b = 2 an angle of 2 arctan(c theta / 2)."""
-    return cayley_shift(c * bounded(skew(theta, b) / 2, max_angle))
+def rotation(
+    theta: Float[Parameter, "n m"], c: float | Tensor, b: int, max_angle: float | None, cap: str = "block"
+) -> Float[Tensor, "n b b"]:
+    """R - I of the Cayley rotations of c X, X = skew(theta) / 2 capped: for b = 2 an angle of 2 arctan(c theta / 2)."""
+    X = skew(theta, b) / 2
+    return cayley_shift(c * (bounded(X, max_angle) if cap == "block" else softened(X, max_angle)))

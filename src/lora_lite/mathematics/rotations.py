@@ -62,6 +62,18 @@ def bounded(X: Tensor, max_angle: float | None) -> Tensor:
     return X / (1 + X.square().sum((-2, -1), keepdim=True) / (2 * t * t)).sqrt()
 
 
+def softened(X: Tensor, max_angle: float | None) -> Tensor:
+    """X with every entry e as t tanh(e / t), t = tan(max_angle / 2): no plane alone turns by max_angle (radians) or more.
+
+    A block of several planes can: its eigen-angles are up to 2 arctan((b - 1) t).
+    """
+    if max_angle is None:
+        return X
+    X = X.to(torch.promote_types(X.dtype, torch.float32))
+    t = math.tan(max_angle / 2)
+    return t * (X / t).tanh()
+
+
 def block_product(z: Tensor, N: Tensor) -> Tensor:
     """z blockdiag(N) in row form: (..., n b), (n, b, b) -> (..., n b), in the dtype of z."""
     blocks = rearrange(z, "... (n k) -> n (...) k", n=len(N))

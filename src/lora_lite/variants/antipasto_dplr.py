@@ -18,7 +18,7 @@ differs   the reference cuts U U^T W out of the stored weight and keeps V; this 
 from ..contract import ParamSpec, Specs, dataclass, register
 from ..contract.annotations import Float, Parameter, Tensor
 from ..contract.spec import kaiming
-from ..families.subspace import GainConfig, GainSubspace, floored, gain
+from ..families.subspace import GainConfig, GainSubspace, gain, read_off
 from ..mathematics import low_rank
 
 
@@ -48,5 +48,5 @@ class AntiPaSTODPLR(GainSubspace):
         return {**GainSubspace.core_specs(cfg), "A": A, "B": B}
 
     def core(self, h: Float[Tensor, "... r"]) -> Float[Tensor, "... r"]:
-        p = h / floored(self.sigma)
+        p = read_off(h, self.sigma)
         return gain(self.coeff, self.g, self.cfg.suppress_only) * h + low_rank(p, self.A, self.B, self.coeff)
