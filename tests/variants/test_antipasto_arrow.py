@@ -12,9 +12,7 @@ from tests.oracles.layer import (
     T64,
     adapted,
     check_dense,
-    check_finite_differences,
     check_pushed_out_gain_comes_back,
-    live_gradients,
 )
 
 
@@ -167,19 +165,6 @@ def test_a_unit_change_of_the_block_moves_the_weight_by_the_strengths():
             adapter.M.zero_()
             adapter.M[0, k] = 1.0
         assert abs(float(ll.delta_weight(model, "o_proj").norm()) - float(S[k])) < 1e-6
-
-
-def test_gradient_pattern():
-    assert live_gradients(config()) == [{"M", "g"}, {"M", "g"}]
-
-
-def test_gradients_are_those_of_finite_differences():
-    check_finite_differences(config(), size=1.0)
-
-
-def test_trained_and_frozen_numbers():
-    model, _, _, _ = moved()
-    assert (ll.status(model).trainable, ll.status(model).frozen) == (3 * 3 + 8 - 3, 32 * 8)
 
 
 @pytest.mark.parametrize(

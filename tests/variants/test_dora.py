@@ -7,7 +7,7 @@ import lora_lite as ll
 from benchmarks.cost.limit import flop_counter
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64, adapted, check_dense, check_ignores_bias, check_parity_by_name, live_gradients
+from tests.oracles.layer import T64, adapted, check_dense, check_ignores_bias
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -179,10 +179,6 @@ def test_norm_under_autocast_stays_within_the_rounding_of_bfloat16():
     assert error(columns.norm(dim=0) / adapter.m, torch.ones(256)) < 2e-3
 
 
-def test_gradient_pattern():
-    assert live_gradients(ll.DoRAConfig(r=4)) == [{"B", "m"}, {"A", "B", "m"}]
-
-
 def test_decay_spares_the_magnitudes():
     _, adapter = adapted(ll.DoRAConfig(r=4))
     assert {k for k, s in adapter.specs().items() if s.decay} == {"A", "B"}
@@ -195,9 +191,7 @@ def test_frozen_norms_are_kept_in_the_adapter_dtype():
     assert error(adapter.w2, model.o_proj.weight.float().square().sum(1)) < 1e-6
 
 
-def test_numbers_and_recommended_options():
-    model, _ = adapted(ll.DoRAConfig(r=4))
-    assert (ll.status(model).trainable, ll.status(model).frozen) == (4 * (24 + 32) + 32, 32)
+def test_recommended_options():
     cfg = ll.DoRAConfig()
     assert (cfg.r, cfg.s, cfg.lr) == (16, 2.0, 1e-4)
     assert ll.DoRAConfig(r=16, rslora=True).s == 8.0
@@ -218,20 +212,3 @@ def test_cost_of_the_norm_does_not_grow_with_tokens():
 def test_misspelt_option_is_refused():
     with pytest.raises(ll.LoraLiteError, match=r"DoRAConfig has no field 'aplha'. Closest name: alpha"):
         ll.DoRAConfig(aplha=8)
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("bias", [True, False])
-def test_parity_with_peft(rslora, bias):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=8,
-        use_dora=True,
-        use_rslora=rslora,
-        target_modules=["o_proj"],
-        init_lora_weights=False,
-        lora_dropout=0.0,
-    )
-    names = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
-    check_parity_by_name(ll.DoRAConfig(r=4, alpha=8, rslora=rslora), config, names, bias=bias)

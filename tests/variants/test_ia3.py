@@ -6,7 +6,7 @@ import torch
 import lora_lite as ll
 from lora_lite.testing import toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64, adapted, check_decay_ends_at_base, check_dense, check_parity, live_gradients
+from tests.oracles.layer import T64, adapted, check_dense
 
 
 def dense(a, W, b, c):
@@ -64,10 +64,6 @@ def test_float32_gains_reach_a_bfloat16_layer_with_one_rounding():
     assert torch.equal(model(x), (base.double() * (1 + adapter.g.double())).bfloat16())
 
 
-def test_heavy_decay_ends_at_the_base_model():
-    check_decay_ends_at_base(ll.IA3Config())
-
-
 def test_papers_recipe_of_two_adapters_trains_saves_and_loads(tmp_path):
     model, x = toy.toy(), toy.inputs(3, 5, 24)
     base = model(x).detach()
@@ -90,36 +86,6 @@ def test_papers_recipe_of_two_adapters_trains_saves_and_loads(tmp_path):
     assert error(model(x), base) > 1e-3
     with ll.disabled(model, "attention"), ll.disabled(model, "feedforward"):
         assert torch.equal(model(x), base)
-
-
-def test_gradient_pattern():
-    assert live_gradients(ll.IA3Config()) == [{"g"}, {"g"}]
-
-
-def test_trained_and_frozen_numbers_and_recommended_rate():
-    model, _ = adapted(ll.IA3Config())
-    assert (ll.status(model).trainable, ll.status(model).frozen) == (32, 0)
-    assert {group["lr"] for group in ll.param_groups(model)} == {5e-3}
-
-
-@pytest.mark.parametrize("field", ["r", "alpha"])
-def test_rank_and_alpha_are_refused(field):
-    with pytest.raises(ll.LoraLiteError, match=rf"IA3Config\({field}=8.*This method has no {field}"):
-        ll.IA3Config(**{field: 8})
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_parity_with_peft(bias):
-    peft = pytest.importorskip("peft")
-    config = peft.IA3Config(target_modules=["o_proj"], feedforward_modules=[], init_ia3_weights=False)
-
-    def fill(ours, theirs):
-        ours.g.copy_(theirs.ia3_l["default"].flatten() - 1)
-
-    def pairs(ours, theirs):
-        return [(ours.g.grad, theirs.ia3_l["default"].grad.flatten())]
-
-    check_parity(ll.IA3Config(), config, pairs, fill, bias=bias)
 
 
 def test_peft_does_not_get_its_weight_back_after_unmerge_and_we_do():

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64, adapted, check_agree, check_dense, check_parity_by_name, check_scale, live_gradients
+from tests.oracles.layer import T64, adapted, check_agree, check_dense, check_scale
 
 FACTORED, DENSE = 3, 4  # ranks on the two sides of r^2 (i + o) = i o for the layer of 24 x 32
 
@@ -107,25 +107,10 @@ def test_start_values():
     assert error(adapter.w1_a, adapter.w2_a) > 0.1
 
 
-def test_gradient_pattern():
-    for r in (FACTORED, DENSE):
-        assert live_gradients(ll.LoHaConfig(r=r)) == [{"w2_b"}, {"w1_a", "w1_b", "w2_a", "w2_b"}]
-
-
 def test_decay_acts_on_every_tensor():
     assert all(spec.decay for spec in adapted(ll.LoHaConfig(r=2))[1].specs().values())
 
 
-def test_trained_and_frozen_numbers():
-    model, _ = adapted(ll.LoHaConfig(r=4))
-    assert (ll.status(model).trainable, ll.status(model).frozen) == (2 * 4 * (24 + 32), 0)
+def test_trained_numbers_of_a_large_layer():
     shapes = [spec.shape for spec in ll.get("loha").param_specs(3584, 1024, ll.LoHaConfig()).values()]
     assert sum(a * b for a, b in shapes) == 73_728
-
-
-@pytest.mark.parametrize("r", [FACTORED, DENSE])
-def test_parity_with_peft(r):
-    peft = pytest.importorskip("peft")
-    config = peft.LoHaConfig(r=r, alpha=8, target_modules=["o_proj"], init_weights=False)
-    names = {name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
-    check_parity_by_name(ll.LoHaConfig(r=r, alpha=8), config, names)

@@ -10,10 +10,8 @@ from tests.oracles.layer import (
     T64,
     adapted,
     check_dense,
-    check_parity,
     check_rotates_input,
     input_map,
-    live_gradients,
     peft_layer,
 )
 
@@ -102,19 +100,10 @@ def test_lengths_of_and_angles_between_neurons_stay():
     assert error((W + change) @ (W + change).T, W @ W.T) < 1e-6  # delta_weight is float32
 
 
-def test_gradient_pattern():
-    assert live_gradients(ll.OFTConfig(block_size=8)) == [{"q"}, {"q"}]
-
-
 def test_start_and_decay():
     _, adapter = adapted(ll.OFTConfig(), size=0)
     assert not adapter.q.any()
     assert adapter.specs()["q"].decay
-
-
-def test_trained_and_frozen_numbers():
-    model, _ = adapted(ll.OFTConfig(block_size=8))
-    assert (ll.status(model).trainable, ll.status(model).frozen) == (24 * 7 // 2, 0)
 
 
 def test_too_many_coefficients_are_refused():
@@ -152,22 +141,6 @@ def test_block_below_two_is_refused(block_size):
 def test_there_is_no_rank():
     with pytest.raises(ll.LoraLiteError, match="This method has no r"):
         ll.OFTConfig(r=8)
-
-
-@pytest.mark.parametrize("block_size", [4, 24])
-def test_parity_with_peft(block_size):
-    peft = pytest.importorskip("peft")
-    config = peft.OFTConfig(
-        r=0, oft_block_size=block_size, target_modules=["o_proj"], init_weights=False, use_cayley_neumann=False
-    )
-
-    def fill(ours, theirs):
-        ours.q.copy_(-theirs.oft_R["default"].weight)
-
-    def pairs(ours, theirs):
-        return [(ours.q.grad, -theirs.oft_R["default"].weight.grad)]
-
-    check_parity(ll.OFTConfig(block_size=block_size), config, pairs, fill)
 
 
 def test_series_of_peft_has_our_sign_and_agrees_for_small_rotations_only():

@@ -9,7 +9,7 @@ from torch import nn
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64, adapted, check_decay_ends_at_base, check_dense, check_parity, live_gradients, peft_layer
+from tests.oracles.layer import T64, adapted, check_dense, check_parity, peft_layer
 
 
 def dense(a, W, b, c):
@@ -125,21 +125,11 @@ def test_identity_does_not_depend_on_the_factors():
     assert torch.equal(model(x), base)
 
 
-def test_heavy_decay_ends_at_the_base_model():
-    check_decay_ends_at_base(ll.OLoRAConfig(r=4))
-
-
-def test_gradient_pattern():
-    assert live_gradients(ll.OLoRAConfig(r=4)) == [{"dA", "dB"}, {"dA", "dB"}]
-
-
-def test_trained_and_frozen_numbers_and_recommended_rate():
-    model, adapter = adapted(ll.OLoRAConfig(r=4))
-    assert (ll.status(model).trainable, ll.status(model).frozen) == (4 * (24 + 32), 4 * (24 + 32))
+def test_rank_and_recommended_options():
+    _, adapter = adapted(ll.OLoRAConfig(r=4))
     assert adapter.claims.rank(adapter.cfg) == 8
     cfg = ll.OLoRAConfig()
     assert (cfg.r, cfg.s, cfg.lr) == (16, 1.0, 3e-4)
-    assert {group["lr"] for group in ll.param_groups(model)} == {3e-4}
 
 
 def test_bad_options_are_refused():

@@ -1,0 +1,111 @@
+"""Outputs and gradients equal those of PEFT's layer at the same random parameters, method by method.
+
+Methods whose start is compared too, or whose parameters PEFT draws in several forms, have tests of their own.
+"""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+from tests.oracles.layer import check_parity
+
+peft = pytest.importorskip("peft")
+
+LAYER: dict[str, Any] = {"target_modules": ["o_proj"]}
+DRAWN: dict[str, Any] = {**LAYER, "init_weights": False}
+
+
+class Peer(NamedTuple):
+    """A tensor of PEFT's layer, and how its values and its gradient become ours."""
+
+    name: str
+    values: Any = torch.clone
+    gradient: Any = torch.clone
+
+
+def plain(prefix, *names):
+    """Tensors that are the same numbers in the same layout."""
+    return {name: Peer(prefix + name) for name in names}
+
+
+LORA = plain("lora_", "A", "B")
+SCALED: dict[str, Any] = {"r": 4, "lora_alpha": 8, **LAYER, "init_lora_weights": False, "lora_dropout": 0.0}
+IA3 = {"g": Peer("ia3_l", lambda l: l.flatten() - 1, torch.flatten)}
+TURNED = {"q": Peer("oft_R", torch.neg, torch.neg)}
+
+CASES = {
+    **{
+        f"lora-rslora={root}": (ll.LoRAConfig(r=4, alpha=8, rslora=root), peft.LoraConfig(**SCALED, use_rslora=root), LORA, {})
+        for root in (False, True)
+    },
+    **{
+        f"dora-rslora={root}-bias={bias}": (
+            ll.DoRAConfig(r=4, alpha=8, rslora=root),
+            peft.LoraConfig(**SCALED, use_rslora=root, use_dora=True),
+            {**LORA, "m": Peer("lora_magnitude_vector")},
+            {"bias": bias},
+        )
+        for root in (False, True)
+        for bias in (False, True)
+    },
+    **{
+        f"loha-r={r}": (  # the two forms of test_loha.py
+            ll.LoHaConfig(r=r, alpha=8),
+            peft.LoHaConfig(r=r, alpha=8, **DRAWN),
+            plain("hada_", "w1_a", "w1_b", "w2_a", "w2_b"),
+            {},
+        )
+        for r in (3, 4)
+    },
+    **{
+        f"vera-{'-'.join(map(str, shape.values())) or 'plain'}": (
+            ll.VeRAConfig(r=6),
+            peft.VeraConfig(r=6, vera_dropout=0.0, **DRAWN),
+            plain("vera_", "A", "B", "lambda_b", "lambda_d"),
+            shape,
+        )
+        for shape in ({}, {"d_in": 32, "d_out": 24, "bias": False})
+    },
+    **{
+        f"{'ia3_ff' if inputs else 'ia3'}-bias={bias}": (
+            ll.IA3FFConfig() if inputs else ll.IA3Config(),
+            peft.IA3Config(**LAYER, feedforward_modules=inputs, init_ia3_weights=False),
+            IA3,
+            {"bias": bias},
+        )
+        for inputs in ([], ["o_proj"])
+        for bias in (True, False)
+    },
+    "hra": (ll.HRAConfig(r=8), peft.HRAConfig(r=8, **DRAWN), {"V": Peer("hra_u", torch.t, torch.t)}, {}),
+    **{
+        f"oft-{b}": (
+            ll.OFTConfig(block_size=b),
+            peft.OFTConfig(r=0, oft_block_size=b, use_cayley_neumann=False, **DRAWN),
+            TURNED,
+            {},
+        )
+        for b in (4, 24)
+    },
+}
+
+
+@pytest.mark.parametrize(("cfg", "config", "peers", "shape"), CASES.values(), ids=CASES)
+def test_parity_with_peft(cfg, config, peers, shape):
+    def tensor(theirs, peer):
+        held = getattr(theirs, peer.name)["default"]
+        return held.weight if isinstance(held, nn.Module) else held
+
+    def fill(ours, theirs):
+        for name, peer in peers.items():
+            getattr(ours, name).copy_(peer.values(tensor(theirs, peer)))
+
+    def pairs(ours, theirs):
+        trained = dict(ours.named_parameters())
+        return [
+            (trained[name].grad, peer.gradient(tensor(theirs, peer).grad)) for name, peer in peers.items() if name in trained
+        ]
+
+    check_parity(cfg, config, pairs, fill, **shape)
