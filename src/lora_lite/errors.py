@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 LISTED = 40
 
@@ -9,7 +10,11 @@ LISTED = 40
 class LoraLiteError(ValueError):
     """A request that cannot be carried out; the model is as it was before the call."""
 
-    def __init__(self, failed: str, *, expected: str = "", found: str = "", fix: str = ""):
+    def __init__(
+        self, failed: str, *, expected: str = "", found: str = "", fix: str = "", lawful: dict[str, Any] | None = None
+    ):
+        """lawful: {option: largest value that would be allowed}, where that is known."""
+        self.lawful = lawful or {}
         sentence = " ".join(part for part in (failed, expected, found) if part)
         super().__init__(sentence + (f"\n    {fix}" if fix else ""))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ import torch
 
 from ..contract.adapter import Adapter
 from ..contract.attachment import Lineage
+from ..contract.pattern import exactly
 from ..core.gains import gains
 from ..errors import LoraLiteError, some
 from .ensemble import Ensemble, EnsembleConfig
@@ -203,7 +203,7 @@ def on_outputs(members: Members) -> Snapshot:
             json.dumps({"variant": member.cls.variant, "config": member.config.to_json(), "weights": at})
             for member, at in members.items()
         ),
-        targets=tuple(f"^{re.escape(path)}$" for path in layers),
+        targets=tuple(exactly(path) for path in layers),
         exclude=(),
         dtype=dtype,
         buffer_dtype=dtype,

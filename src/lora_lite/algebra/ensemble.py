@@ -31,7 +31,7 @@ class EnsembleConfig(RanklessConfig):
 
 
 def at_layer(member: dict[str, Any], path: str) -> str:
-    cfg = registry.get(member["variant"]).Config.from_json(member["config"]).for_layer(path)
+    cfg = registry.get(member["variant"]).Config.from_file(member["config"]).for_layer(path)
     return json.dumps({**member, "config": cfg.to_json(), "weights": {path: member["weights"][path]}})
 
 
@@ -85,6 +85,6 @@ class Ensemble(Adapter):
 def built(member: dict[str, Any], d_in: int, d_out: int) -> tuple[float, Adapter]:
     """(weight, adapter without numbers at coefficient 1) of a member that is down to one layer."""
     cls = registry.get(member["variant"])
-    adapter = cls(d_in, d_out, cls.Config.from_json(member["config"]), device="meta")
+    adapter = cls(d_in, d_out, cls.Config.from_file(member["config"]), device="meta")
     adapter.coeff = 1.0
     return next(iter(member["weights"].values())), adapter

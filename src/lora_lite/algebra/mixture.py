@@ -1,13 +1,13 @@
 """Weighted sums of weight changes, layer by layer: exact, or the best approximation of a given rank."""
 
 import functools
-import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..contract.attachment import Lineage
+from ..contract.pattern import exactly
 from ..core.delta import Change, change, smaller_as_factors
 from ..mathematics.spectrum import left_svd
 from ..sites.layer import Layer, sizes
@@ -51,9 +51,9 @@ def mixed(members: Members, mix: Mix, rank: int | None) -> Snapshot:
     largest = max(ranks.values())
     cfg = ComposedConfig(
         r=largest,
-        targets=tuple(f"^{re.escape(path)}$" for path in layers),
+        targets=tuple(exactly(path) for path in layers),
         exclude=(),
-        rank_pattern={f"^{re.escape(path)}$": k for path, k in ranks.items() if k != largest},
+        rank_pattern={exactly(path): k for path, k in ranks.items() if k != largest},
         dtype=dtype,
         buffer_dtype=dtype,
         bias=biased,

@@ -18,9 +18,10 @@ from ..contract.attachment import Lineage
 from ..contract.config import AdapterConfig
 from ..core import finding
 from ..core.fingerprint import changes_of_base, fingerprint
-from ..core.handle import Attached, handle
-from ..core.install import build_all, install, refuse_name, refuse_unready
-from ..core.load import layers_of, restore
+from ..core.handle import Attached
+from ..core.install import build_all, configs_of, install, place_of, refuse_name, refuse_unready
+from ..core.restore import layers_of, restore
+from ..core.untouched import warn_left_out
 from ..errors import LoraLiteError, some
 from ..sites.layer import Layer
 from ..sites.model import unwrapped
@@ -33,7 +34,7 @@ class Snapshot:
 
     tensors  named as in a checkpoint                    layers  {path: base layer}, referred to, not copied
     base     {path: fingerprint of its weight}           lineage which training, and how many snapshots it had before
-    report   {path: figures}, of composing
+    report   {path: figures}, of composing           places  {path: rank and own options}; None: as the config says
     """
 
     name: str
@@ -44,6 +45,7 @@ class Snapshot:
     base: dict[str, Any]
     lineage: Lineage
     report: dict[str, dict[str, float]] = field(default_factory=dict)
+    places: dict[str, dict[str, Any]] | None = None
 
     def __sub__(self, start: "Snapshot") -> "Increment":
         return Increment(self, start) if isinstance(start, Snapshot) else NotImplemented
@@ -72,6 +74,7 @@ def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
     finding.refuse_other_root(found)
     finding.refuse_merged(finding.adapters(model))
     finding.refuse_lost(found)
+    warn_left_out(model, found[0].adapter.group.base, "The snapshot")
     adapters = {f.path: f.adapter for f in found}
     own = {
         f"{p}.{key}": whole(getattr(a, key).detach()) for p, a in adapters.items() for key in a.specs() if key not in a.shared
@@ -86,6 +89,7 @@ def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
         layers={f.path: f.layer for f in found},
         base={f.path: fingerprint(f.layer) for f in found},
         lineage=dataclasses.replace(group.lineage),
+        places={f.path: place_of(f.adapter, f.layer) for f in found},
     )
     group.lineage.step += 1
     return taken
@@ -119,13 +123,13 @@ def apply(model: nn.Module, composed: Snapshot, *, name: str, strict_base: bool 
             found=f"Different: {some(different)}.",
             fix="ll.apply(model, composed, name=name, strict_base=False)  # if the other base is meant",
         )
-    adapters = build_all(composed.cls, targets, composed.config)
+    adapters = build_all(composed.cls, targets, configs_of(composed.config, composed.places, targets))
     restore(f"{composed}", adapters, composed.tensors, {})
     for path, figures in composed.report.items():
         adapters[path].report.update(figures)
     lineage = Lineage(composed.lineage.id, composed.lineage.step + 1)
-    install(unwrapped(model), targets, adapters, name, composed.config, lineage)
-    return handle(model, name, composed.config, adapters)
+    install(model, targets, adapters, name, composed.config, lineage)
+    return Attached(model, name, composed.config, adapters, {})
 
 
 def rebuilt(taken: Snapshot) -> dict[str, Adapter]:
@@ -136,7 +140,7 @@ def rebuilt(taken: Snapshot) -> dict[str, Adapter]:
             found=f"Different: {some(different)}.",
             fix="ll.unmerge(model)  # if an adapter is merged",
         )
-    adapters = build_all(taken.cls, taken.layers, taken.config)
+    adapters = build_all(taken.cls, taken.layers, configs_of(taken.config, taken.places, taken.layers))
     restore(f"{taken}", adapters, taken.tensors, {})
     for path, adapter in adapters.items():
         adapter.path, adapter.coeff = path, 1.0

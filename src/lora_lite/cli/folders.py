@@ -10,14 +10,16 @@ from torch import nn
 
 from ..core import finding
 from ..core.detach import detach
-from ..core.handle import Attached
+from ..core.handle import Attached, AttachedSet
 from ..core.load import load as load_file
 from ..core.merge import merge
 from ..core.save import save
 from ..errors import LoraLiteError, some
-from ..peft.export import export_peft, new_folder, refuse_folder
+from ..peft.export import export_peft
+from ..peft.folder import new_folder, read_folder, refuse_folder
 from ..peft.layout import layouts
-from ..peft.load import applies, load_peft, read_folder
+from ..peft.load import load_peft
+from ..peft.plan import applies
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json", ".gguf", ".h5", ".msgpack")
 """Endings of files that `save_pretrained` writes anew, or that hold weights of another kind."""
@@ -44,7 +46,7 @@ def base_model(folder: Path, dtype: str) -> Any:
         raise LoraLiteError(f"transformers cannot load {folder}: {type(error).__name__}: {reason}.") from error
 
 
-def attached(arguments: argparse.Namespace) -> tuple[Any, Attached]:
+def attached(arguments: argparse.Namespace) -> tuple[Any, Attached | AttachedSet]:
     """(model, handle) of a checkpoint of ours or a PEFT folder on its base."""
     path = Path(arguments.adapter)
     if not path.exists():

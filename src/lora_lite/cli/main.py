@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from ..contract import registry
-from ..core.checkpoint import read
+from ..core.checkpoint import contents
 from ..errors import LoraLiteError
 from . import folders
 
@@ -39,16 +39,18 @@ def inspect(arguments: argparse.Namespace) -> None:
     """What a checkpoint or a PEFT folder holds, without a model."""
     if Path(arguments.file).is_dir():
         return folders.inspect_folder(Path(arguments.file))
-    header, tensors = read(arguments.file)
-    for field in ("variant", "name", "version"):
-        print(f"{field:10} {header[field]}")
-    print(f"{'config':10} {header['config']}")
-    print(f"{'written by':10} {', '.join(f'{k} {v}' for k, v in json.loads(header['versions']).items())}")
-    print(f"{'tensors':10} {len(tensors)} on {len(json.loads(header['layers']))} layers")
-    for key, tensor in tensors.items():
-        print(f"  {key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
-    for name in json.loads(header.get("drawn", "{}")):
-        print(f"  *.{name}  drawn again from seed {json.loads(header['config'])['seed']}")
+    file = contents(arguments.file)
+    print(f"{'version':10} {file.version}")
+    print(f"{'written by':10} {', '.join(f'{k} {v}' for k, v in file.versions.items())}")
+    for name, one in file.adapters.items():
+        print(f"{'name':10} {name}")
+        print(f"{'variant':10} {one.variant}")
+        print(f"{'config':10} {one.config}")
+        print(f"{'tensors':10} {len(one.tensors)} on {len(one.layers)} layers")
+        for key, tensor in one.tensors.items():
+            print(f"  {key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
+        for tensor in one.drawn:
+            print(f"  *.{tensor}  drawn again from seed {json.loads(one.config)['seed']}")
 
 
 def check(arguments: argparse.Namespace) -> None:

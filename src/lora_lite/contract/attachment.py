@@ -1,10 +1,13 @@
 """What an adapter knows of its attach: the group it came with, its training, and the weights that a merge keeps aside."""
 
+import re
 import uuid
+import zlib
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..sites.layer import Layer
 from .config import AdapterConfig
@@ -27,17 +30,49 @@ class Lineage:
 
 
 @dataclass
+class Untouched:
+    """The base as the first attach found it, shared by all attaches until the last detach.
+
+    flags    {name: requires_grad} of every parameter       buffers  {name: copy} of every buffer
+    samples  {name: hash of a sample} of the parameters of the base model that no adapter stands on
+    """
+
+    flags: dict[str, bool] = field(default_factory=dict)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    samples: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Group:
-    """What the adapters of one attach share: name, config, the base's requires_grad before any attach, their lineage, the hooks
-    that keep quantised layers of the model trainable, and the layers' paths."""
+    """What the adapters of one attach share.
+
+    name     as the user gave it; `child` is the name of the module that hangs under a layer
+    cfg      the config of the attach                        base     the model as it was before any attach
+    lineage  the training                                    paths    of the layers
+    handles  hooks on the model: quantised layers stay trainable, and the model says that it ran
+    skipped  {path: reason} of what selection left out       ran      whether the model's own forward ran since
+    """
 
     name: str
     cfg: AdapterConfig
-    base_flags: dict[str, bool]
+    base: Untouched = field(default_factory=Untouched)
     lineage: Lineage = field(default_factory=Lineage)
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     paths: set[str] = field(default_factory=set)
+    skipped: dict[str, str] = field(default_factory=dict)
+    ran: bool = False
+
+    @property
+    def child(self) -> str:
+        """The adapter's name as a name that a module may have."""
+        word = re.sub(r"\W", "_", self.name, flags=re.ASCII)
+        return word if word.isidentifier() and word == self.name else f"adapter_{word}_{zlib.crc32(self.name.encode()):08x}"
+
+    def note(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the model: it ran, so that a layer which was not called is dead."""
+        if not self.ran:
+            self.ran = True
 
 
-NOWHERE = Group("", AdapterConfig(), {})
+NOWHERE = Group("", AdapterConfig())
 """The group of an adapter that is not installed."""

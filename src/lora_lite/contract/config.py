@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,9 +12,12 @@ from typing import Any, ClassVar, Literal, TypeVar, Union
 import torch
 
 from ..errors import LoraLiteError, closest
+from .pattern import fault, longest, spellings
 
 C = TypeVar("C", bound="AdapterConfig")
 O = TypeVar("O", bound="Options")
+PATTERNS = ("targets", "exclude", "rank_pattern")
+"""Fields that hold patterns."""
 
 
 class Options:
@@ -59,12 +61,11 @@ class Options:
         )
 
     def refuse_no_patterns(self, name: str, patterns: Iterable[str]) -> None:
-        """Raise the error for the first of the patterns of a field that is no regular expression."""
+        """Raise the error for the first of the texts of a field that is no pattern (see contract/pattern.py)."""
         for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                self.refuse(name, pattern, f"a name or a regular expression ({error})")
+            if wrong := fault(pattern):
+                known = "whole names of a path, ranges and *, or re: with an expression"
+                self.refuse(name, pattern, f"{known}; {wrong}", spellings(pattern))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +75,12 @@ class AdapterConfig(Options):
     r             rank, at least 1
     alpha         numerator of the scale s = alpha / r; None: alpha = r, so s = 1
     rslora        s = alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732)
-    targets       names or regular expressions, searched in the module path; "all-linear" takes every Linear-like layer
-    exclude       the same for layers to leave out
-    layers        block indices: the first number in the path; None takes all
+    targets       patterns of the layers' paths (contract/pattern.py): "q_proj", "layers.0-7", "re:..."; "all-linear" takes
+                  every Linear-like layer of the base model that can be adapted, less output embeddings and routers
+    exclude       patterns of layers to leave out
+    layers        indices in the model's list of blocks; None takes all
     roles         keep only layers that read from or write to the residual stream; a layer of unknown role stays, with a warning
-    rank_pattern  regular expression -> r for the layers it matches; the first match counts, and 0 leaves the layer out
+    rank_pattern  pattern -> r for the layers it fits; the longest counts, and 0 leaves the layer out
     dtype         of the adapter's own tensors; lowered to the activations' dtype inside each product
     buffer_dtype  of frozen matrices; None: the dtype of the base weight, or `dtype` where that is quantised
     seed          of random starts, together with layer path and tensor name
@@ -92,7 +94,7 @@ class AdapterConfig(Options):
     alpha: float | None = None
     rslora: bool = False
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    exclude: tuple[str, ...] = ("lm_head", "embed")
+    exclude: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     roles: tuple[Literal["reader", "writer"], ...] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -114,10 +116,10 @@ class AdapterConfig(Options):
         for name in ("coeff", "alpha", "lr"):
             if not math.isfinite(getattr(self, name) or 0.0):
                 self.refuse(name, getattr(self, name), "a finite number")
-        patterns = [*self.exclude, *self.rank_pattern, *(() if self.targets == "all-linear" else self.targets)]
-        self.refuse_no_patterns("targets, exclude or rank_pattern", patterns)
+        for name, patterns in self.patterns().items():
+            self.refuse_no_patterns(name, patterns)
         if self.targets == ():
-            self.refuse("targets", (), 'at least one name or regular expression, or "all-linear"')
+            self.refuse("targets", (), 'at least one pattern, or "all-linear"')
 
     @property
     def s(self) -> float:
@@ -129,7 +131,16 @@ class AdapterConfig(Options):
 
     def rank_at(self, path: str) -> int:
         """The rank that `rank_pattern` gives the layer at `path`, else r."""
-        return next((rank for pattern, rank in self.rank_pattern.items() if re.search(pattern, path)), self.r)
+        return longest(self.rank_pattern, path, self.r)
+
+    def patterns(self) -> dict[str, tuple[str, ...]]:
+        """{field: its patterns}."""
+        found = {name: getattr(self, name) for name in PATTERNS}
+        return {name: () if value == "all-linear" else tuple(value) for name, value in found.items()}
+
+    def without_patterns(self: C) -> C:
+        """This config choosing nothing: what one layer needs, whose place and rank are known."""
+        return dataclasses.replace(self, targets="all-linear", exclude=(), rank_pattern={})
 
     def for_layer(self: C, path: str) -> C:
         """This config with the rank of the layer at `path`."""
@@ -138,7 +149,7 @@ class AdapterConfig(Options):
 
     def lasting(self: C) -> C:
         """This config with None for what only serves the start and is no data: fields with `metadata={"transient": True}`."""
-        passing = [f.name for f in dataclasses.fields(self) if f.metadata.get("transient")]
+        passing = [f.name for f in dataclasses.fields(self) if f.metadata.get("transient") and getattr(self, f.name)]
         return dataclasses.replace(self, **dict.fromkeys(passing)) if passing else self
 
     def to_json(self) -> str:
@@ -149,6 +160,26 @@ class AdapterConfig(Options):
     def from_json(cls: type[C], text: str) -> C:
         hints = typing.get_type_hints(cls)
         return cls(**{name: normalised(value, hints.get(name)) for name, value in json.loads(text).items()})
+
+    @classmethod
+    def from_file(cls: type[C], text: str, prefix: str = "") -> C:
+        """As `from_json`, with patterns kept as they stand in the file, unchecked: whoever reads a file never searches them.
+
+        prefix  put before each pattern, for files whose patterns are of another grammar
+        """
+        values = json.loads(text)
+        hints = typing.get_type_hints(cls)
+        kept = {name: normalised(values.pop(name), hints[name]) for name in PATTERNS if name in values}
+        cfg = cls.from_json(json.dumps(values))
+        for name, value in kept.items():
+            if not accepts(value, hints[name]):
+                raise LoraLiteError(f"{name}={value!r} is no {readable(hints[name])}.", expected="What ll.save wrote.")
+            if isinstance(value, dict):
+                value = {prefix + pattern: rank for pattern, rank in value.items()}
+            elif value != "all-linear":
+                value = tuple(prefix + pattern for pattern in value)
+            object.__setattr__(cfg, name, value)
+        return cfg
 
 
 @dataclass(frozen=True, kw_only=True)

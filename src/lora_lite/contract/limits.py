@@ -11,12 +11,15 @@ def refuse_rank(r: int, d_in: int, d_out: int) -> None:
             f"r={r} is larger than the layer allows.",
             expected=f"At most min(d_in, d_out) = {most}.",
             fix=f"r={most}  # or for this layer alone: rank_pattern={{'<its path>': {most}}}",
+            lawful={"r": most},
         )
 
 
 def refuse_odd(name: str, value: int) -> None:
     if value % 2:
-        raise LoraLiteError(f"{name}={value} is odd.", expected="An even number.", fix=f"{name}={value + 1}")
+        raise LoraLiteError(
+            f"{name}={value} is odd.", expected="An even number.", fix=f"{name}={value + 1}", lawful={name: value - 1}
+        )
 
 
 def refuse_indivisible(name: str, block: int, width: int) -> None:
@@ -24,7 +27,10 @@ def refuse_indivisible(name: str, block: int, width: int) -> None:
     if width % block:
         fitting = largest_divisor(width, block)
         raise LoraLiteError(
-            f"{name}={block} does not divide {width}.", expected="Blocks of equal size.", fix=f"{name}={fitting}"
+            f"{name}={block} does not divide {width}.",
+            expected="Blocks of equal size.",
+            fix=f"{name}={fitting}",
+            lawful={name: fitting},
         )
 
 

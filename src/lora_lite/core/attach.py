@@ -1,7 +1,7 @@
 """attach: select, build, measure, fill, install. Whatever can fail does so before the model is changed."""
 
 import dataclasses
-import re
+import warnings
 from typing import Any
 
 import torch
@@ -12,15 +12,19 @@ from ..calibration.statistics import LABELS, Stats, Weights
 from ..contract import shared
 from ..contract.adapter import Adapter
 from ..contract.config import AdapterConfig
+from ..contract.pattern import exactly
 from ..contract.registry import variant_of
 from ..contract.spec import seeded
-from ..errors import LoraLiteError
+from ..errors import LoraLiteError, LoraLiteWarning
 from ..sites.layer import Layer, dense_weight
+from ..sites.model import block_index, block_lists, unwrapped
+from ..sites.obstacles import expert_parameters
 from ..sites.quantised import refuse_without_gradient
 from . import finding, runtime
-from .handle import Attached, handle
-from .install import build_all, install, refuse_name, refuse_non_finite, refuse_unready
-from .selection import find_targets
+from .coverage import coverage
+from .handle import Attached
+from .install import build_all, install, planned, refuse_aliased, refuse_name, refuse_non_finite, refuse_unready
+from .selection import reasons, select
 
 
 def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *, name: str = "default") -> Attached:
@@ -45,19 +49,43 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
     earlier = refuse_unready(model)
     refuse_without_gradient(model)
     wanted = wanted_statistics(cls, cfg, calibration_data)
-    targets = find_targets(model, cfg)
-    refuse_name(earlier, targets, name)
-    adapters = build_all(cls, targets, cfg)
+    selection = select(model, cfg)
+    refuse_name(earlier, selection.chosen, name)
+    plan = planned(cls, selection.chosen, cfg)
+    targets = {path: selection.chosen[path] for path in plan.configs}
+    adapters = build_all(cls, targets, plan.configs)
     with runtime.disabled(model):
         stats = collect(model, targets, wanted, calibration_data, loss_fn) if wanted else {"weight": Weights(targets)}
         ranked = with_ranks(cls, cfg, adapters, stats)
         if ranked is not cfg:
-            cfg, targets = ranked, find_targets(model, ranked)
-            adapters = build_all(cls, targets, cfg)
-        fill(cls, cfg, targets, adapters, stats)
+            cfg, selection = ranked, select(model, ranked)
+            plan = planned(cls, selection.chosen, cfg)
+            targets = {path: selection.chosen[path] for path in plan.configs}
+            adapters = build_all(cls, targets, plan.configs)
+        fill(cls, cfg, targets, adapters, stats, name)
     refuse_non_finite(adapters)
-    install(model, targets, adapters, name, cfg)
-    return handle(model, name, cfg, adapters)
+    refuse_aliased(adapters)
+    skipped = selection.skipped | plan.unlawful
+    install(model, targets, adapters, name, cfg, skipped=skipped)
+    warn_unreached(model, targets)
+    return Attached(model, name, cfg, adapters, skipped, plan.lowered)
+
+
+def warn_unreached(model: nn.Module, targets: dict[str, Layer]) -> None:
+    """Warn where a block with adapted layers holds parameters of experts, which no adapter reaches."""
+    experts = expert_parameters(model)
+    lists = block_lists(unwrapped(model)) if experts else {}
+    blocks = {block_index(path, lists) for path in targets}
+    if unreached := [path for path in experts if block_index(path, lists) in blocks]:
+        covered = coverage(model, targets)
+        n = covered.outside.get("experts", (0, []))[0]
+        total = sum(numbers for numbers, _ in covered.outside.values()) / (1 - covered.share)
+        warnings.warn(
+            f"{reasons(dict.fromkeys(unreached, 'parameters of experts, which no adapter reaches'))} They are "
+            f"{n / total:.0%} of the model; adapted layers {covered.share:.0%}.",
+            LoraLiteWarning,
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
@@ -66,25 +94,28 @@ def with_ranks(cls: type[Adapter], cfg: AdapterConfig, adapters: dict[str, Adapt
     if cfg.rank_pattern:
         return cfg
     found = cls.ranks(adapters, stats, cfg)
-    pattern = {f"^{re.escape(path)}$": rank for path, rank in found.items() if rank != cfg.r}
+    pattern = {exactly(path): rank for path, rank in found.items() if rank != cfg.r}
     return dataclasses.replace(cfg, rank_pattern=pattern) if pattern else cfg
 
 
 @torch.no_grad()
-def fill(cls: type[Adapter], cfg: AdapterConfig, targets: dict[str, Layer], adapters: dict[str, Adapter], stats: Stats) -> None:
+def fill(
+    cls: type[Adapter], cfg: AdapterConfig, targets: dict[str, Layer], adapters: dict[str, Adapter], stats: Stats, name: str
+) -> None:
     """Declared starts, then `init` layer by layer, then `group_init`; in full precision also under the caller's autocast."""
     device = next(iter(targets.values())).weight.device.type
     with torch.autocast(device, enabled=False):
         shared.fill(adapters, shared.draws(adapters, cfg.seed))
         for path, adapter in adapters.items():
-            adapter.start(path)
+            key = path if name == "default" else f"{name}:{path}"  # adapters of one config under several names start apart
+            adapter.start(key)
             if cls.init is not Adapter.init:
                 known = cls.claims.reads_weight
                 W = dense_weight(targets[path]) if known else torch.empty(adapter.d_out, adapter.d_in, device="meta")
-                with seeded(cfg.seed, path, "init"):
+                with seeded(cfg.seed, key, "init"):
                     adapter.init(W)
         if cls.group_init is not Adapter.group_init:
-            with seeded(cfg.seed, "group_init"):
+            with seeded(cfg.seed, *(() if name == "default" else (name,)), "group_init"):
                 cls.group_init(adapters, stats, cfg)
 
 

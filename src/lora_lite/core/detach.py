@@ -2,9 +2,11 @@
 
 from torch import nn
 
+from ..contract import rows
 from ..sites.model import plain, unwrapped
 from . import finding
 from .merge import put_back
+from .untouched import put_back_buffers
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -18,12 +20,14 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     finding.refuse_other_root(leaving)
     layers = {found.path for found in leaving if found.adapter.original is not None}
     put_back([found for found in finding.adapters(model) if found.path in layers])
-    flags = leaving[0].adapter.group.base_flags if leaving else {}
+    base = leaving[0].adapter.group.base if leaving else None
     for found in leaving:
         found.adapter.remove(found.layer)
         for handle in found.adapter.group.handles:
             handle.remove()
-    if not finding.adapters(model):
+    rows.tidy(model.modules())
+    if base is not None and not finding.adapters(model):
         for key, parameter in model.named_parameters():
-            if plain(key) in flags:
-                parameter.requires_grad_(flags[plain(key)])
+            if plain(key) in base.flags:
+                parameter.requires_grad_(base.flags[plain(key)])
+        put_back_buffers(model, base)

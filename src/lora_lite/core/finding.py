@@ -30,7 +30,7 @@ def adapters(model: nn.Module, name: str | None = None) -> list[Found]:
     """
     modules = dict(unwrapped(model).named_modules())
     places = [(*path.rpartition(".")[::2], child) for path, child in modules.items() if isinstance(child, Adapter)]
-    found = [Found(plain(path), cast(Layer, modules[path]), child_name, child) for path, child_name, child in places]
+    found = [Found(plain(path), cast(Layer, modules[path]), child.group.name or word, child) for path, word, child in places]
     if name is None:
         return found
     names = {f.name for f in found}
@@ -109,6 +109,12 @@ def present(model: nn.Module, name: str | None) -> list[Found]:
     if not found:
         raise LoraLiteError("The model has no adapter.", fix=ATTACH)
     return found
+
+
+def dead(found: list[Found]) -> list[Found]:
+    """Those that never ran although the model, or another layer of the same adapter, did."""
+    alive = {f.name for f in found if f.adapter.fired or f.adapter.group.ran}
+    return [f for f in found if not f.adapter.fired and f.name in alive]
 
 
 def the_name(model: nn.Module, name: str | None) -> str:

@@ -1,7 +1,7 @@
 """The fingerprint of a base weight: is this the base that an adapter was trained on?"""
 
-import ctypes
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,36 @@ from ..errors import LoraLiteError, some
 from ..sites.layer import Layer, sizes
 from ..sites.quantised import is_packed, parts
 from ..sites.sharded import whole
-from .checkpoint import VERSION
+from .checkpoint import VERSION, memory
 
 WHOLE_BELOW = 2**18  # numbers of a weight that are hashed entirely
-RUNS, RUN = 2**9, 4  # of a larger one: evenly spaced runs of neighbours, since every place is a miss of the cache
+RUNS, RUN = 2**9, 4  # of a larger one, in files of version 3: evenly spaced runs of neighbours
+SAMPLES = 2**11  # of a larger one since
 
 
 def fingerprint(layer: Layer, version: int = VERSION) -> dict[str, Any]:
-    """Shape, dtype and a hash of the stored weight: of all of it up to 2^18 numbers, of 2^9 evenly spaced runs of 4 above.
+    """Shape, and hashes of weight and bias: of all numbers up to 2^18, of 2^11 at a stride coprime to the width above.
 
-    A training step moves them all, and with up to 2^9 rows every row has one. Files of version 1 hold the hash of 2^14
-    evenly spaced numbers, those of version 2 of up to 2^12.
-    Of a packed weight the dense shape, the format in the place of the dtype, and a hash of every tensor it consists of.
+    Such a stride comes to every column and every row. Numbers are compared as numbers: a base that holds them in a wider dtype
+    is the same base. Of a packed weight the format, and a hash of every tensor it consists of, take the place of the numbers.
+    Files of versions 1 to 3 hold the dtype and other samples of the weight alone.
     """
     if is_packed(layer):
         stored, tensors = parts(layer)
         hashes = "".join(digest(sampled(tensor, version)) for tensor in tensors)
         sha256 = hashlib.sha256(hashes.encode()).hexdigest()[:32]
-        return {"shape": list(reversed(sizes(layer))), "dtype": stored, "sha256": sha256}
+        return {"shape": list(reversed(sizes(layer))), "dtype": stored, "sha256": sha256} | bias_of(layer, version)
     weight = whole(layer.weight.detach())
-    return {
-        "shape": list(weight.shape),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "sha256": digest(sampled(weight, version)),
-    }
+    if version < 4:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return {"shape": list(weight.shape), "dtype": dtype, "sha256": digest(sampled(weight, version))}
+    return {"shape": list(weight.shape), "sha256": digest(sampled(weight, version).double())} | bias_of(layer, version)
+
+
+def bias_of(layer: Layer, version: int) -> dict[str, Any]:
+    if version < 4:
+        return {}
+    return {"bias": None if layer.bias is None else digest(sampled(whole(layer.bias.detach()), version).double())}
 
 
 def sampled(weight: Tensor, version: int) -> Tensor:
@@ -47,14 +53,24 @@ def sampled(weight: Tensor, version: int) -> Tensor:
         return flat[torch.linspace(0, flat.numel() - 1, 2**14, dtype=torch.float64).long().to(flat.device)]
     if version == 2:
         return flat[:: -(-flat.numel() // 2**12)]
-    every = flat.numel() // RUNS
-    return flat.as_strided((RUNS, RUN), (every, 1))
+    if version == 3:
+        every = flat.numel() // RUNS
+        return flat.as_strided((RUNS, RUN), (every, 1))
+    return strided(weight, SAMPLES)
+
+
+def strided(weight: Tensor, count: int) -> Tensor:
+    """About `count` numbers (n,) of a tensor, at a stride that has no divisor in common with its width; all of a small one."""
+    flat = weight.reshape(-1)
+    stride = max(1, flat.numel() // count)
+    while stride > 1 and math.gcd(stride, weight.shape[-1]) > 1:
+        stride -= 1
+    return flat[::stride]
 
 
 def digest(tensor: Tensor) -> str:
     """Hash of the numbers as they are stored."""
-    flat = tensor.detach().contiguous().cpu()
-    return hashlib.sha256(ctypes.string_at(flat.data_ptr(), flat.nbytes)).hexdigest()[:32]
+    return hashlib.sha256(memory(tensor.detach().contiguous().cpu())).hexdigest()[:32]
 
 
 def refuse_other_base(path: str | Path, targets: dict[str, Layer], saved: dict[str, Any], version: int) -> None:
@@ -72,9 +88,10 @@ def changes_of_base(targets: dict[str, Layer], saved: dict[str, Any], version: i
     different = []
     for layer_path, layer in targets.items():
         here = fingerprint(layer, version)
-        for field in ("shape", "dtype", "sha256"):
-            if here[field] != saved[layer_path][field]:
-                what = "content" if field == "sha256" else f"{field} {here[field]}, saved {saved[layer_path][field]}"
+        for field in ("shape", "dtype", "sha256", "bias"):
+            if here.get(field) != saved[layer_path].get(field):
+                told = f"{field} {here.get(field)}, saved {saved[layer_path].get(field)}"
+                what = {"sha256": "content", "bias": "bias"}.get(field, told)
                 different.append(f"{layer_path} ({what})")
                 break
     return different

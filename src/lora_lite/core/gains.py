@@ -1,29 +1,15 @@
 """Gains for groups of layers: {"layers.0-7": 0.25, "layers.8-.o_proj": 0.5}.
 
-A pattern is a row of names as in a module path, and fits wherever they follow one another in the path. Instead of a number it
-may have a range: 0-7 includes both ends, 16- has none. * and ? stand for any letters of one name. Where several patterns fit a
-layer, the longest counts; where none does, the gain is 1.
+The grammar of patterns is that of contract/pattern.py. Where several fit a layer, the longest counts; where none does, the gain
+is 1.
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 
+from ..contract.pattern import fault, fits, longest, spellings
 from ..errors import LoraLiteError, some
-
-
-def fits(pattern: str, path: str) -> bool:
-    wanted, names = pattern.split("."), path.split(".")
-    starts = range(len(names) - len(wanted) + 1)
-    return any(all(map(fits_name, wanted, names[start : start + len(wanted)])) for start in starts)
-
-
-def fits_name(pattern: str, name: str) -> bool:
-    span = re.fullmatch(r"([0-9]+)-([0-9]*)", pattern)
-    if span and name.isdecimal():
-        return int(span[1]) <= int(name) <= (int(span[2]) if span[2] else math.inf)
-    return fnmatchcase(name, pattern)
 
 
 def gains(patterns: Mapping[str, float], paths: Iterable[str]) -> dict[str, float]:
@@ -36,6 +22,8 @@ def gains(patterns: Mapping[str, float], paths: Iterable[str]) -> dict[str, floa
     for pattern, gain in patterns.items():
         if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not math.isfinite(gain):
             raise LoraLiteError(f"The gain {gain!r} of {pattern!r} is no finite number.", fix=f"{{{pattern!r}: 0.5}}")
+        if wrong := fault(pattern):
+            raise LoraLiteError(f"{pattern!r} is no pattern: {wrong}.", fix=spellings(pattern))
         if not any(fits(pattern, path) for path in paths):
             raise LoraLiteError(
                 f"{pattern!r} fits no adapted layer.",
@@ -43,19 +31,7 @@ def gains(patterns: Mapping[str, float], paths: Iterable[str]) -> dict[str, floa
                 found=f"Adapted layers: {some(paths)}.",
                 fix=f"{{{paths[0]!r}: 0.5}}",
             )
-    return {path: longest(patterns, path) for path in paths}
-
-
-def longest(patterns: Mapping[str, float], path: str) -> float:
-    fitting = [pattern for pattern in patterns if fits(pattern, path)]
-    top = [pattern for pattern in fitting if len(pattern) == max(map(len, fitting))]
-    if len({patterns[pattern] for pattern in top}) > 1:
-        raise LoraLiteError(
-            f"{path} fits {some(map(repr, top))}, equally long and with different gains.",
-            expected="One longest pattern for a layer.",
-            fix=f"{{{path!r}: {patterns[top[0]]}}}  # the whole path is longer",
-        )
-    return float(patterns[top[0]]) if top else 1.0
+    return {path: float(longest(patterns, path, 1.0)) for path in paths}
 
 
 def thirds(paths: Iterable[str], first: float, second: float, third: float) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""Attached: the handle that attach and load return."""
+"""Attached and AttachedSet: the handles that attach and load return."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,21 +9,24 @@ from torch import nn
 
 from ..contract.adapter import Adapter
 from ..contract.config import AdapterConfig
-from ..errors import LoraLiteError
-from ..sites.model import linears
+from ..errors import LoraLiteError, some
 from . import finding, runtime
+from .checkpoint import contents
+from .coverage import Coverage, coverage
 from .detach import detach
+from .restore import redrawn, restore
 from .save import save
-from .selection import role, selected
+from .selection import reasons
 
 
-@dataclass
+@dataclass(repr=False)
 class Attached:
     """Handle of one attach; as a context manager it detaches on leaving.
 
     model    the model that was adapted                  name    of this adapter
     config   its frozen config                           layers  {path: adapter module}
-    skipped  {path: reason} for layers that targets matched and roles or a rank of 0 left out
+    skipped  {path: reason} for what "all-linear", or targets that fit it, left out
+    lowered  {path: "r=1"} for layers too narrow for the config, which took the largest lawful rank or block
     """
 
     model: nn.Module
@@ -31,6 +34,27 @@ class Attached:
     config: AdapterConfig
     layers: dict[str, Adapter]
     skipped: dict[str, str]
+    lowered: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def covered(self) -> Coverage:
+        """The share of the model's numbers in adapted layers, and what lies outside, by kind."""
+        return coverage(self.model, self.layers)
+
+    @property
+    def coverage(self) -> float:
+        """Parameters in adapted layers over all parameters of the model, each counted once."""
+        return self.covered.share
+
+    def __repr__(self) -> str:
+        variant = next(iter(self.layers.values())).variant
+        lines = [f"Attached({self.name!r}: {variant} on {len(self.layers)} layers)", f"  layers   {grouped(self.layers)}"]
+        lines.append(f"  covers   {self.covered}")
+        if self.skipped:
+            lines.append(f"  skipped  {reasons(self.skipped)}")
+        if self.lowered:
+            lines.append(f"  lowered  {reasons(self.lowered)}")
+        return "\n".join(line if len(line) <= MOST else f"{line[: MOST - 4]} ..." for line in lines)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable tensors of this adapter, in the model's order."""
@@ -40,6 +64,23 @@ class Attached:
     def save(self, path: str | Path) -> None:
         self.refuse_detached()
         save(self.model, path, name=self.name)
+
+    def restore(self, path: str | Path) -> None:
+        """Copy the tensors of a file into the very same parameters, as an optimizer that goes on needs it.
+
+        Raises LoraLiteError for a file of another variant, other layers or other shapes; then nothing is copied.
+        """
+        self.refuse_detached()
+        file = contents(path)
+        held = file.adapters.get(self.name) or (next(iter(file.adapters.values())) if len(file.adapters) == 1 else None)
+        variant = next(iter(self.layers.values())).variant
+        if held is None or held.variant != variant or set(held.layers) != set(self.layers):
+            raise LoraLiteError(
+                f"{path} does not hold adapter {self.name!r}, {variant} on {len(self.layers)} layers.",
+                found=f"It has {some(f'{n}: {one.variant} on {len(one.layers)} layers' for n, one in file.adapters.items())}.",
+                fix="ll.load(model, path)",
+            )
+        restore(path, self.layers, held.tensors, redrawn(path, self.layers, self.config.seed, held.drawn))
 
     def scale(self, coeff: float | torch.Tensor | Mapping[str, float]) -> runtime.Scaling | runtime.GroupScaling:
         self.refuse_detached()
@@ -66,10 +107,61 @@ class Attached:
             self.detach()
 
 
-def handle(model: nn.Module, name: str, cfg: AdapterConfig, adapters: dict[str, Adapter]) -> Attached:
-    skipped = {
-        path: "rank 0" if cfg.rank_at(path) == 0 else f"a {role(path)}; roles={cfg.roles}"
-        for path in linears(model)
-        if path not in adapters and selected(path, cfg) and (cfg.roles or cfg.rank_at(path) == 0)
-    }
-    return Attached(model, name, cfg, adapters, skipped)
+MOST = 600  # letters of a line of a handle's text
+
+
+def grouped(paths: Mapping[str, object]) -> str:
+    """'model.layers.*.self_attn.q_proj x6, ...'"""
+    return reasons(dict.fromkeys(paths, "")).removesuffix(": .")
+
+
+class AttachedSet(Mapping[str, Attached]):
+    """The handles of several adapters that one file brought back, by name; its methods act on all of them."""
+
+    def __init__(self, handles: dict[str, Attached]):
+        self.handles = handles
+
+    def __getitem__(self, name: str) -> Attached:
+        return self.handles[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.handles)
+
+    def __len__(self) -> int:
+        return len(self.handles)
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.handles.values()))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for handle in self.handles.values():
+            yield from handle.parameters()
+
+    def save(self, path: str | Path) -> None:
+        """Write all adapters of the model to one file. Raises LoraLiteError where it has others beside these."""
+        model = next(iter(self.handles.values())).model
+        if others := [name for name in finding.adapter_names(model) if name not in self.handles]:
+            raise LoraLiteError(
+                f"The model also has {some(others)}.",
+                expected="These adapters alone.",
+                fix="ll.save(model, path)  # all of them",
+            )
+        save(model, path)
+
+    def restore(self, path: str | Path) -> None:
+        for handle in self.handles.values():
+            handle.restore(path)
+
+    def scale(self, coeff: float | torch.Tensor | Mapping[str, float]) -> runtime.GroupScaling:
+        return runtime.GroupScaling([handle.scale(coeff) for handle in self.handles.values()])
+
+    def detach(self) -> None:
+        for handle in self.handles.values():
+            handle.detach()
+
+    def __enter__(self) -> "AttachedSet":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles.values():
+            handle.__exit__(*error)

@@ -1,107 +1,140 @@
 """load: attach what a file holds; no SVD, no data, no randomness."""
 
 import json
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..contract import registry, shared
-from ..contract.adapter import Adapter
+from ..contract import registry
 from ..contract.attachment import Lineage
-from ..errors import LoraLiteError, some
-from ..mathematics.maps import is_finite
-from ..sites.layer import Layer, is_linear
-from ..sites.model import unwrapped
-from .checkpoint import read
-from .fingerprint import digest, refuse_other_base
-from .handle import Attached, handle
-from .install import build_all, install, refuse_name, refuse_unready
+from ..errors import LoraLiteError, LoraLiteWarning, closest, some
+from ..sites.model import linears, unwrapped
+from .checkpoint import Contents, Stored, contents
+from .detach import detach
+from .fingerprint import refuse_other_base
+from .handle import Attached, AttachedSet
+from .install import build_all, configs_of, install, refuse_name, refuse_unready
+from .restore import layers_of, redrawn, restore
+from .untouched import combined, samples
 
 
-def load(model: nn.Module, path: str | Path, *, name: str | None = None, strict_base: bool = True) -> Attached:
-    """Attach the adapter in the file to a model with the same base; no SVD, no data, no randomness.
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str | None = None,
+    names: Mapping[str, str] | None = None,
+    paths: Mapping[str, str] | None = None,
+    trainable: bool = True,
+    strict_base: bool = True,
+) -> Attached | AttachedSet:
+    """Attach the adapters in the file to a model with the same base; no SVD, no data, no randomness.
 
-    name         of the adapter; None: the one it was saved under
+    name         the adapter to take from a file of several; of a file of one, what to call it
+    names        {name in the file: name on this model}
+    paths        {start of a layer's path in the file: start of its path here}, for modules that were renamed since
+    trainable    False: its tensors ask for no gradient
     strict_base  False loads on a base whose weights differ from those it was trained on
-    Raises LoraLiteError before anything is changed: unreadable or newer file, unknown variant, missing layers, another base,
-    missing, unexpected or misshaped tensors, a name in use, a compiled, sharded or wrapped model.
+    Returns a handle, or of several adapters an AttachedSet {name: handle}.
+    Raises LoraLiteError before anything is changed: unreadable, damaged or newer file, unknown variant, missing layers, another
+    base, missing, unexpected or misshaped tensors, a name in use, a compiled, sharded or wrapped model. Warns where weights of
+    the base model that no adapter stands on differ from those of the training.
     """
-    header, tensors = read(path)
-    cls = registry.get(header["variant"])
-    cfg = cls.Config.from_json(header["config"])
-    if absent := cls.Config.__dataclass_fields__.keys() - json.loads(header["config"]).keys():
-        raise LoraLiteError(
-            f"{path} leaves out {some(sorted(absent))} of {cls.Config.__name__}.",
-            expected="The full config: a default of today need not be that of the training.",
-            fix="ll.save(model, path)",
-        )
-    name = header["name"] if name is None else name
+    file = contents(path)
+    chosen = renamed(path, file, name, dict(names or {}))
     earlier = refuse_unready(model)
-    targets = layers_of(model, path, json.loads(header["layers"]))
-    refuse_name(earlier, targets, name)
-    if strict_base:
-        refuse_other_base(path, targets, json.loads(header["base"]), int(header["version"]))
-    adapters = build_all(cls, targets, cfg)
-    restore(path, adapters, tensors, redrawn(path, adapters, cfg.seed, json.loads(header.get("drawn", "{}"))))
-    install(unwrapped(model), targets, adapters, name, cfg, Lineage(**json.loads(header.get("lineage", "{}"))))
-    return handle(model, name, cfg, adapters)
+    prepared = []
+    for called, stored in chosen.items():
+        moved = {place: renamed_path(place, dict(paths or {})) for place in stored.layers}
+        cls = registry.get(stored.variant)
+        cfg = cls.Config.from_file(stored.config, stored.prefix)
+        if absent := cls.Config.__dataclass_fields__.keys() - json.loads(stored.config).keys():
+            raise LoraLiteError(
+                f"{path} leaves out {some(sorted(absent))} of {cls.Config.__name__}.",
+                expected="The full config: a default of today need not be that of the training.",
+                fix="ll.save(model, path)",
+            )
+        targets = layers_of(model, path, list(moved.values()))
+        refuse_name(earlier, targets, called)
+        if strict_base:
+            refuse_other_base(path, targets, {moved[place]: file.base[place] for place in moved}, file.version)
+        tensors = {renamed_key(key, moved): tensor for key, tensor in stored.tensors.items()}
+        adapters = build_all(cls, targets, configs_of(cfg, places(stored, moved, tensors, cfg.r), targets))
+        restore(path, adapters, tensors, redrawn(path, adapters, cfg.seed, stored.drawn))
+        prepared.append((called, cfg, targets, adapters, Lineage(**stored.lineage)))
+    warn_other_rest(model, path, file)
+    handles: dict[str, Attached] = {}
+    try:
+        for called, cfg, targets, adapters, lineage in prepared:
+            skipped = {place: "not in the file" for place in linears(unwrapped(model)) if place not in adapters}
+            install(model, targets, adapters, called, cfg, lineage, skipped)
+            handles[called] = Attached(model, called, cfg, adapters, skipped)
+            for adapter in adapters.values():
+                adapter.requires_grad_(trainable)
+    except BaseException:
+        for called in handles:
+            detach(model, called)
+        raise
+    return next(iter(handles.values())) if len(handles) == 1 else AttachedSet(handles)
 
 
-def layers_of(model: nn.Module, path: str | Path, wanted: list[str]) -> dict[str, Layer]:
-    modules = dict(model.named_modules())
-    if missing := [p for p in wanted if p not in modules or not is_linear(modules[p])]:
-        present = [p for p, m in modules.items() if is_linear(m)]
+def renamed(path: str | Path, file: Contents, name: str | None, names: dict[str, str]) -> dict[str, Stored]:
+    """{name on the model: adapter of the file} of those that are asked for."""
+    for asked in [*names, *([name] if name is not None and len(file.adapters) > 1 else [])]:
+        if asked not in file.adapters:
+            raise LoraLiteError(
+                f"{path} has no adapter {asked!r}.", found=closest(str(asked), file.adapters), fix="ll.load(model, path)"
+            )
+    if name is not None and len(file.adapters) > 1:
+        return {names.get(name, name): file.adapters[name]}
+    found = {names.get(old, name if name is not None else old): stored for old, stored in file.adapters.items()}
+    if len(found) < len(file.adapters):
         raise LoraLiteError(
-            f"{path} belongs to another model: it has no Linear {some(missing)}.",
-            found=f"Linears here: {some(present)}.",
-            fix="ll.load(the_model_it_was_saved_from, path)",
+            f"names={names} gives two adapters one name.", expected="A name for each.", fix="ll.load(model, path)"
         )
-    return {p: cast(Layer, modules[p]) for p in wanted}
+    return found
 
 
-def redrawn(path: str | Path, adapters: dict[str, Adapter], seed: int, hashes: dict[str, str]) -> dict[str, Tensor]:
-    """The shared tensors that the file leaves out, drawn from the seed. Raises LoraLiteError where a hash differs."""
-    values = shared.draws(adapters, seed) if hashes else {}
-    if wrong := [name for name, hash_ in hashes.items() if name not in values or digest(values[name].float()) != hash_]:
-        raise LoraLiteError(
-            f"{path}: {some(wrong)} cannot be drawn again from seed={seed}.",
-            expected="The numbers that the training drew; generators differ between versions of torch.",
-            fix="ll.attach(model, dataclasses.replace(cfg, save_shared=True))  # trains an adapter that stores them",
+def renamed_path(place: str, paths: dict[str, str]) -> str:
+    """The path with the longest start that `paths` knows exchanged."""
+    known = [old for old in paths if place == old or place.startswith(f"{old}.") or old == ""]
+    if not known:
+        return place
+    old = max(known, key=len)
+    rest = place.removeprefix(old).lstrip(".")
+    return f"{paths[old]}.{rest}".strip(".")
+
+
+def renamed_key(key: str, moved: dict[str, str]) -> str:
+    place, _, tensor = key.rpartition(".")
+    return f"{moved.get(place, place)}.{tensor}" if place or not moved else f"{moved.get('', '')}.{tensor}".lstrip(".")
+
+
+def places(stored: Stored, moved: dict[str, str], tensors: Mapping[str, object], rank: int | None) -> dict[str, dict]:
+    """{path: its place}; of files that are older than places the rank is read off the tensors' shapes."""
+    found = {}
+    for old, place in stored.layers.items():
+        found[moved[old]] = place if place is not None else {"rank": rank_of(stored, old, rank)}
+    return found
+
+
+def rank_of(stored: Stored, place: str, rank: int | None) -> int | None:
+    """The rank with which the variant declares the shapes that the file has at this layer."""
+    pattern = json.loads(stored.config).get("rank_pattern") or {}
+    if rank is None or not pattern:
+        return rank
+    sizes = {tuple(t.shape) for key, t in stored.tensors.items() if key.rpartition(".")[0] == place}
+    fitting = [r for r in dict.fromkeys((rank, *pattern.values())) if any(r in shape for shape in sizes)]
+    return max(fitting, default=rank)
+
+
+def warn_other_rest(model: nn.Module, path: str | Path, file: Contents) -> None:
+    if file.rest and combined(samples(unwrapped(model)), file.base) != file.rest:
+        warnings.warn(
+            f"{path}: weights of the base model outside the adapted layers (embeddings, norms, others) differ "
+            "from those of the training. Load the base that the adapter was trained on, or go on if that is meant.",
+            LoraLiteWarning,
+            stacklevel=3,
         )
-    return {name: values[name] for name in hashes}
-
-
-def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, Tensor], known: dict[str, Tensor]) -> None:
-    """Copy the file's tensors into the built adapters, `known` shared ones beside them.
-
-    Raises LoraLiteError naming missing, unexpected and misshaped ones.
-    """
-    places = {f"{p}.{key}": tensor for p, adapter in adapters.items() for key, tensor in adapter.own().items()}
-    common = {name: shared.holders(adapters, name) for name in shared.declared(adapters)}
-    places |= {f"*.{name}": found[0].tensor for name, found in common.items() if name not in known}
-    problems = [f"missing {key}" for key in places.keys() - tensors.keys()]
-    problems += [f"unexpected {key}" for key in tensors.keys() - places.keys()]
-    problems += [
-        f"{key} has shape {tuple(tensors[key].shape)}, the config says {tuple(place.shape)}"
-        for key, place in places.items()
-        if key in tensors and tensors[key].shape != place.shape
-    ]
-    problems += [
-        f"{key} is {str(tensor.dtype).removeprefix('torch.')}"
-        for key, tensor in tensors.items()
-        if key in places and not tensor.is_floating_point()
-    ]
-    with torch.no_grad():
-        for key, place in () if problems else places.items():
-            if not is_finite(place.copy_(tensors[key])):
-                problems.append(f"{key} is not finite")
-    if problems:
-        raise LoraLiteError(
-            f"{path} does not fit its own config: {some(sorted(problems))}.",
-            expected="Exactly the tensors that the variant declares, in finite floating-point numbers.",
-            fix="ll.save(model, path)  # with the version that trained it",
-        )
-    with torch.no_grad():
-        shared.fill(adapters, {**{name: tensors[f"*.{name}"] for name in common if name not in known}, **known})

@@ -1,9 +1,10 @@
-"""save: one adapter to one file, all of it or nothing."""
+"""save: the adapters of a model to one file, all of it or nothing."""
 
 import dataclasses
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -12,57 +13,94 @@ from torch import Tensor, nn
 from ..contract import shared
 from ..contract.adapter import Adapter
 from ..errors import LoraLiteError, LoraLiteWarning, some
+from ..mathematics.maps import is_finite
 from ..sites.model import unwrapped
 from ..sites.sharded import is_sharded, on_first_process, whole
 from . import finding
-from .checkpoint import FORMAT, VERSION, serialized, write_atomically
+from .checkpoint import FORMAT, VERSION, checksum, serialized, write_atomically
 from .fingerprint import digest, fingerprint
+from .install import place_of
+from .untouched import combined, warn_left_out
 
 
 def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None:
-    """Write adapter `name` (None: the only one) to one safetensors file; all of it or nothing appears at `path`.
+    """Write adapter `name`, or all of them, to one safetensors file; all of it or nothing appears at `path`.
 
     On a model that is sharded over processes every process calls this: tensors are gathered one at a time, rank 0 writes, and
     all return when the file is there.
-    Raises LoraLiteError while the adapter is merged, where its hooks were removed or a layer replaced by somebody else. Warns
-    of layers that never ran although others did.
+    Raises LoraLiteError while an adapter is merged, for numbers that are not finite, where hooks were removed or a layer
+    replaced by somebody else. Warns of layers that never ran although the model did, and of what was trained or moved beside
+    the adapters: no file of ours holds it.
     """
     model = unwrapped(model)
-    name = finding.the_name(model, name)
-    found = finding.adapters(model, name)
+    found = finding.present(model, name)
     finding.refuse_other_root(found)
-    if any(f.adapter.original is not None for f in found):
+    if merged := [f for f in found if f.adapter.original is not None]:
         raise LoraLiteError(
-            f"Adapter {name!r} is merged: the base weights are not those it belongs to.",
+            f"Adapter {merged[0].name!r} is merged: the base weights are not those it belongs to.",
             fix="ll.unmerge(model); ll.save(model, path)",
         )
     finding.refuse_lost(found)
-    if dead := [f.path for f in found if not f.adapter.fired and any(g.adapter.fired for g in found)]:
+    if dead := [f.path for f in finding.dead(found)]:
         warnings.warn(
             f"{some(dead)} never ran, so their adapters are at their start. Leave them out: exclude=({dead[0]!r},)",
             LoraLiteWarning,
             stacklevel=2,
         )
-    stored, drawn = shared_content({f.path: f.adapter for f in found})
-    own = {f"{f.path}.{key}": tensor for f in found for key, tensor in f.adapter.state_dict().items()}
-    tensors = {key: whole(tensor.detach()).contiguous().cpu() for key, tensor in {**stored, **own}.items()}
+    base = found[0].adapter.group.base
+    warn_left_out(model, base, f"{path}")
+    by_name: dict[str, list[finding.Found]] = {}
+    for f in found:
+        by_name.setdefault(f.name, []).append(f)
+    tensors: dict[str, Tensor] = {}
+    adapters: dict[str, Any] = {}
+    for own, places in by_name.items():
+        stored, entry = content(places)
+        tensors |= {f"{own}/{key}": tensor for key, tensor in stored.items()}
+        adapters[own] = entry
+    refuse_non_finite(path, tensors)
+    layers = {f.path: f.layer for f in found}
     header = {
         "format": FORMAT,
         "version": str(VERSION),
-        "variant": found[0].adapter.variant,
-        "config": found[0].adapter.group.cfg.to_json(),
-        "name": name,
-        "layers": json.dumps([f.path for f in found]),
-        "base": json.dumps({f.path: fingerprint(f.layer) for f in found}),
+        "adapters": json.dumps(adapters),
+        "base": json.dumps({place: fingerprint(layer) for place, layer in layers.items()}),
+        "rest": combined(base.samples, layers),
         "versions": json.dumps({"torch": torch.__version__, "safetensors": safetensors.__version__}),
-        "lineage": json.dumps(dataclasses.asdict(found[0].adapter.group.lineage)),
-        **({"drawn": json.dumps(drawn)} if drawn else {}),
+        "checksum": checksum(tensors),
     }
-    content = serialized(tensors, header)
+    written = serialized(tensors, header)
     if any(is_sharded(f.layer) for f in found):
-        on_first_process(lambda: write_atomically(Path(path), content))
+        on_first_process(lambda: write_atomically(Path(path), written))
     else:
-        write_atomically(Path(path), content)
+        write_atomically(Path(path), written)
+
+
+def content(found: list[finding.Found]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """({"<layer path>.<name>": tensor}, entry of the header) of one adapter."""
+    stored, drawn = shared_content({f.path: f.adapter for f in found})
+    own = {f"{f.path}.{key}": tensor for f in found for key, tensor in f.adapter.state_dict().items()}
+    tensors = {key: whole(tensor.detach()).contiguous().cpu() for key, tensor in {**stored, **own}.items()}
+    group = found[0].adapter.group
+    return tensors, {
+        "variant": found[0].adapter.variant,
+        "config": json.loads(group.cfg.to_json()),
+        "layers": {f.path: place_of(f.adapter, f.layer) for f in found},
+        "groups": {},
+        "lineage": dataclasses.asdict(group.lineage),
+        "drawn": drawn,
+    }
+
+
+def refuse_non_finite(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Raise before a good file is written over by one that load would refuse."""
+    if broken := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
+        raise LoraLiteError(
+            f"{some(broken)} is not finite.",
+            expected=f"Finite numbers. {path} was not touched.",
+            found="The training diverged.",
+            fix="handle.restore(path)  # the numbers that were saved last; then a smaller lr",
+        )
 
 
 def shared_content(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,32 +1,35 @@
-"""Which layers a config hits."""
+"""Which layers a config hits, what it leaves out, and why.
 
-import re
+Structure decides: what computes W x + b and is called, what shares a weight, what stands outside the base model, what chooses
+experts. "all-linear" leaves out what cannot or should not be adapted and says so; what is asked for by name and cannot be
+adapted is refused. Every repair in an error is the whole config, with the user's own options.
+"""
+
+import dataclasses
 import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ..contract.config import AdapterConfig
+from ..contract.pattern import any_fits, exactly, fault, fits
+from ..contract.registry import variant_of
 from ..errors import LoraLiteError, LoraLiteWarning, closest, some
-from ..sites.layer import Layer
-from ..sites.model import block_index, inventory, linears, unwrapped
-
-READERS = (
-    "q_proj k_proj v_proj qkv_proj query key value c_attn wq wk wv gate_proj up_proj gate_up_proj fc1 c_fc w1 w3 in_proj"
-).split()
-WRITERS = "o_proj out_proj down_proj fc2 w2 wo c_proj dense_4h_to_h".split()
+from ..sites import obstacles
+from ..sites.layer import Layer, sizes
+from ..sites.model import base_model, block_index, block_lists, embeddings, linears, output_embeddings, unwrapped
+from .roles import roles
 
 
-def role(path: str) -> str | None:
-    """'reader' or 'writer' of the residual stream by the field's customary names, None if the name does not tell."""
-    leaf = path.rpartition(".")[2]
-    return "reader" if leaf in READERS else "writer" if leaf in WRITERS else None
+@dataclass(frozen=True)
+class Selection:
+    """chosen {path: layer} in the model's order; skipped {path: reason} of what "all-linear", or a named target, leaves out."""
 
-
-def selected(path: str, cfg: AdapterConfig) -> bool:
-    """Whether targets, exclude and layers take this path (roles come after, see `find_targets`)."""
-    wanted = cfg.targets == "all-linear" or any(re.search(pattern, path) for pattern in cfg.targets)
-    spared = any(re.search(pattern, path) for pattern in cfg.exclude)
-    return wanted and not spared and (cfg.layers is None or block_index(path) in cfg.layers)
+    chosen: dict[str, Layer]
+    skipped: dict[str, str]
 
 
 def find_targets(model: nn.Module, cfg: AdapterConfig) -> dict[str, Layer]:
@@ -34,109 +37,275 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> dict[str, Layer]:
 
     Targets are Linear-like modules: nn.Linear, bitsandbytes 4-bit and 8-bit, torchao-quantised Linears, and Conv1D.
 
-    Raises LoraLiteError for a model without Linears, patterns or block indices that match nothing, a layer whose weight is
-    read but which is never called (inside nn.MultiheadAttention), and a tied weight that another layer outside the selection
-    shares. Warns once where `roles` is set and the role of a layer cannot be told from its name.
+    Raises LoraLiteError for a model without a layer that can be adapted, patterns or block indices that fit nothing, and layers
+    that are asked for by name and cannot be adapted: read and never called, tied to another, with a forward that is not
+    W x + b, of unknown kind, parameters of experts. Warns once where `roles` is set and the role of a layer cannot be told.
     """
+    return select(model, cfg).chosen
+
+
+def select(model: nn.Module, cfg: AdapterConfig) -> Selection:
+    """What `find_targets` says, with the reasons for what is left out."""
     model = unwrapped(model)
-    present = linears(model)
-    if not present:
+    refuse_peft(model)
+    present, unfit = linears(model), impossible(model)
+    if not present.keys() - unfit.keys():
         raise LoraLiteError(
-            f"{type(model).__name__} has no Linear layers.",
-            expected="An adapter needs nn.Linear, Conv1D or a quantised Linear to hang on.",
-            found=f"Modules: {some({type(m).__name__ for m in model.modules()})}.",
+            f"{type(model).__name__} has no Linear layers that can be adapted.",
+            expected="An adapter needs nn.Linear, Conv1D or a quantised Linear that is called.",
+            found=reasons(unfit) or f"Modules: {some({type(m).__name__ for m in model.modules()})}.",
             fix="ll.attach(the_model_that_holds_them, cfg)",
         )
-    patterns = () if cfg.targets == "all-linear" else cfg.targets
-    for field, unmatched in (("targets", patterns), ("rank_pattern", cfg.rank_pattern)):
-        for pattern in unmatched:
-            if not any(re.search(pattern, path) for path in present):
-                leaves = {path.rpartition(".")[2] for path in present}
-                raise LoraLiteError(
-                    f"{field}: {pattern!r} selects no Linear.",
-                    expected="Every pattern must match at least one.",
-                    found=f"{inventory(list(present))} {closest(pattern.strip('$^'), leaves)}",
-                    fix=f"{type(cfg).__name__}({field}={(sorted(leaves)[0],)!r})",
-                )
-    blocks = {block_index(path) for path in present}
-    if missing := sorted(set(cfg.layers or ()) - blocks):  # type: ignore[operator]
+    refuse_unmatched(model, cfg, present, unfit)
+    lists = block_lists(model)
+    everything = cfg.targets == "all-linear"
+    left_out = dict(unfit) | (unwanted(model, present) if everything else {})
+    named = {path: layer for path, layer in present.items() if everything or any_fits(cfg.targets, path)}
+    skipped = {path: why for path, why in left_out.items() if everything}
+    chosen = {path: layer for path, layer in named.items() if not (everything and path in left_out)}
+    for path in list(chosen):
+        if fit := [pattern for pattern in cfg.exclude if fits(pattern, path)]:
+            skipped[path] = f"exclude={fit[0]!r}"
+            del chosen[path]
+    chosen = in_blocks(cfg, chosen, lists, skipped)
+    chosen = with_roles(model, cfg, chosen, present, lists, skipped)
+    for path in [p for p in chosen if cfg.rank_at(p) == 0]:
+        skipped[path] = "rank 0"
+        del chosen[path]
+    refuse_half_of_tied(model, cfg, chosen, skipped)
+    if offenders := {path: unfit[path] for path in chosen if path in unfit}:
+        refuse_impossible(cfg, offenders)
+    if not chosen:
+        raise LoraLiteError(
+            f"{options(cfg)} together select no Linear that can be adapted.",
+            found=reasons(skipped) or inventory(present),
+            fix=repair(cfg, targets="all-linear", exclude=(), layers=None, roles=None, rank_pattern={}),
+        )
+    refuse_unused(cfg, named, chosen, skipped)
+    return Selection(chosen, dict(sorted(skipped.items(), key=lambda item: order(item[0]))))
+
+
+def impossible(model: nn.Module) -> dict[str, str]:
+    """{path: why it cannot be adapted}: Linear-like layers, layers of unknown kind, and parameters that are no layers."""
+    found = {path: f"read, not called: {reader} uses its weight" for path, reader in obstacles.uncalled(model).items()}
+    found |= {
+        path: TIED + others[0] for path, others in obstacles.tied(model).items() if not set(others) <= linears(model).keys()
+    }
+    for path, layer in linears(model).items():
+        if path in found or layer.weight.is_meta:
+            continue
+        if odd := obstacles.odd_forward(layer):
+            found[path] = f"forward: {odd}"
+        elif min(sizes(layer)) < 2:
+            found[path] = f"narrow: {sizes(layer)[0]} -> {sizes(layer)[1]}"
+    found |= {path: f"unknown kind: {type(m).__name__}" for path, m in obstacles.unknown_layers(model).items()}
+    found |= {
+        path: f"experts: a parameter of shape {tuple(parameter.shape)}, no Linear"
+        for path, parameter in obstacles.expert_parameters(model).items()
+    }
+    return found | {path: "attention: a parameter that is read" for path in obstacles.attention_parameters(model)}
+
+
+TIED = "tied: shares its weight with "
+
+
+def refuse_half_of_tied(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, Layer], skipped: dict[str, str]) -> None:
+    """Layers that share a weight are adapted together or not at all: of a half, merging would change the other."""
+    halves = {
+        p: TIED + next(o for o in others if o not in chosen)
+        for p, others in obstacles.tied(model).items()
+        if p in chosen and not set(others) <= chosen.keys()
+    }
+    if halves and cfg.targets != "all-linear":
+        refuse_impossible(cfg, halves)
+    for path in halves:
+        skipped[path] = halves[path]
+        del chosen[path]
+
+
+def unwanted(model: nn.Module, present: Mapping[str, Layer]) -> dict[str, str]:
+    """{path: reason} of layers that can be adapted and that "all-linear" leaves out."""
+    inside = {id(module) for module in base_model(model).modules()}
+    heads, rows = output_embeddings(model), embeddings(model)
+    found = {}
+    for path, experts in obstacles.routers(model).items():
+        found[path] = f"router: its output chooses among {experts}"
+    for path, layer in present.items():
+        if id(layer) in heads or id(layer.weight) in rows:
+            found[path] = "output embedding"
+        elif id(layer) not in inside:
+            found[path] = f"head: outside {type(base_model(model)).__name__}"
+    return found
+
+
+def in_blocks(
+    cfg: AdapterConfig, chosen: dict[str, Layer], lists: dict[str, list[str]], skipped: dict[str, str]
+) -> dict[str, Layer]:
+    """Those of the blocks that `layers` names. Raises where there is no such block, or several lists of blocks."""
+    if cfg.layers is None:
+        return chosen
+    places = {path: block_index(path, lists) for path in chosen}
+    used = list(dict.fromkeys(place[0] for place in places.values() if place))
+    if len(used) > 1:
+        raise LoraLiteError(
+            f"layers={cfg.layers} could mean blocks of {' or of '.join(used)}.",
+            expected="Indices of one list of blocks.",
+            found=f"Lists: {some(f'{name} ({len(lists[name])} blocks)' for name in used)}.",
+            fix=repair(cfg, exclude=(*cfg.exclude, *(exclusion(name) for name in used[1:]))) + f"  # for those of {used[0]}",
+        )
+    known = range(len(lists[used[0]])) if used else range(0)
+    if missing := sorted(set(cfg.layers) - set(known)):
         raise LoraLiteError(
             f"layers={cfg.layers}: there is no block {missing[0]}.",
-            expected=f"Block indices of this model: {sorted(b for b in blocks if b is not None)}.",
-            fix=f"{type(cfg).__name__}(layers=None)  # every block",
+            expected=f"Block indices of this model: 0 to {len(known) - 1}." if known else "A model with a list of blocks.",
+            fix=repair(cfg, layers=tuple(i for i in cfg.layers if i in known) or None),
         )
-    chosen = {path: layer for path, layer in present.items() if selected(path, cfg)}
-    if cfg.roles is not None:
-        unknown = [path for path in chosen if role(path) is None]
-        if unknown:
-            warnings.warn(
-                f"roles={cfg.roles}: cannot tell whether {some(unknown)} read or write the residual stream; they stay. "
-                f"Name the layers with targets=... to choose yourself.",
-                LoraLiteWarning,
-                stacklevel=3,
+    kept = {}
+    for path, layer in chosen.items():
+        place = places[path]
+        if place and place[1] in cfg.layers:
+            kept[path] = layer
+        else:
+            skipped[path] = f"block {place[1]}; layers={cfg.layers}" if place else f"in no block; layers={cfg.layers}"
+    return kept
+
+
+def exclusion(path: str) -> str:
+    """A pattern for everything under this path, of whatever grammar its names need."""
+    return path if path else "re:."
+
+
+def with_roles(
+    model: nn.Module,
+    cfg: AdapterConfig,
+    chosen: dict[str, Layer],
+    present: dict[str, Layer],
+    lists: dict[str, list[str]],
+    skipped: dict[str, str],
+) -> dict[str, Layer]:
+    """Those with the roles that are wanted; a layer whose role cannot be told stays, with a warning."""
+    if cfg.roles is None:
+        return chosen
+    of = roles(model, present, lists)
+    if unknown := [path for path in chosen if of[path] is None]:
+        warnings.warn(
+            f"roles={cfg.roles}: cannot tell whether {some(unknown)} read or write the residual stream; they stay. "
+            f"Name the layers with targets=... to choose yourself.",
+            LoraLiteWarning,
+            stacklevel=4,
+        )
+    for path in chosen:
+        if of[path] not in (*cfg.roles, None):
+            skipped[path] = f"a {of[path]}; roles={cfg.roles}"
+    return {path: layer for path, layer in chosen.items() if of[path] in (*cfg.roles, None)}
+
+
+def refuse_peft(model: nn.Module) -> None:
+    if path := obstacles.foreign_adapters(model):
+        raise LoraLiteError(
+            f"{path} carries an adapter of PEFT.",
+            expected="A plain model: PEFT's adapters would be frozen, and adapted themselves.",
+            fix="model = model.merge_and_unload()  # or, to go on training it here: peft_model.save_pretrained(folder); "
+            "model = peft_model.unload(); ll.load_peft(model, folder)",
+        )
+
+
+def refuse_impossible(cfg: AdapterConfig, offenders: dict[str, str]) -> None:
+    raise LoraLiteError(
+        f"{reasons(offenders)} Such layers cannot be adapted.",
+        expected="An adapter acts where a layer is called as W x + b and its weight has one use.",
+        fix=repair(cfg, exclude=(*cfg.exclude, *patterns_for(offenders))),
+    )
+
+
+def refuse_unmatched(model: nn.Module, cfg: AdapterConfig, present: dict[str, Layer], unfit: dict[str, str]) -> None:
+    """Raise for targets and ranks that fit no Linear, and for exclusions of nothing."""
+    paths = [path for path, _ in model.named_modules() if path] + list(unfit)
+    for field, patterns in cfg.patterns().items():
+        known = paths if field == "exclude" else list(present)
+        for pattern in patterns:
+            if any(fits(pattern, path) for path in known):
+                continue
+            others = {path: why for path, why in unfit.items() if fits(pattern, path)}
+            leaves = dict.fromkeys(path.rpartition(".")[2] for path in (paths if field == "exclude" else present))
+            rest = tuple(p for p in patterns if p != pattern)
+            near = nearest(pattern, leaves)
+            if field == "rank_pattern":
+                changed: Any = {near if p == pattern else p: rank for p, rank in cfg.rank_pattern.items()}
+            else:
+                changed = tuple(dict.fromkeys((*rest, near))) if field == "targets" else rest
+            raise LoraLiteError(
+                f"{field}: {pattern!r} selects no Linear."
+                if field != "exclude"
+                else f"exclude: {pattern!r} matches no module.",
+                expected="Every pattern must fit at least one.",
+                found=f"{reasons(others)} " * bool(others)
+                + f"{inventory(present)} {closest(pattern.removeprefix('re:').strip('^$'), leaves)}",
+                fix=repair(cfg, **{field: changed}),
             )
-        chosen = {path: layer for path, layer in chosen.items() if role(path) in (*cfg.roles, None)}
-    if not chosen:
-        raise LoraLiteError(
-            f"targets={cfg.targets}, exclude={cfg.exclude}, layers={cfg.layers}, roles={cfg.roles} together select no Linear.",
-            found=inventory(list(present)),
-            fix=f"{type(cfg).__name__}(targets={(list(present)[-1].rpartition('.')[2],)!r}, roles=None)",
-        )
-    refuse_unused_patterns(model, cfg, chosen)
-    chosen = {path: layer for path, layer in chosen.items() if cfg.rank_at(path) != 0}
-    if not chosen:
-        raise LoraLiteError(
-            f"rank_pattern={cfg.rank_pattern} gives every layer rank 0.",
-            expected="At least one layer with an adapter.",
-            fix=f"{type(cfg).__name__}(rank_pattern={{}})",
-        )
-    refuse_uncalled(model, chosen)
-    refuse_tied(model, chosen)
-    return chosen
 
 
-def refuse_unused_patterns(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, Layer]) -> None:
-    """Raise for patterns whose layers other options leave out and for exclusions of nothing; `roles` only reports."""
-    before_roles = [path for path in linears(model) if selected(path, cfg)]
-    patterns = () if cfg.targets == "all-linear" else cfg.targets
-    for field, given, kept in (("targets", patterns, before_roles), ("rank_pattern", cfg.rank_pattern, list(chosen))):
-        for pattern in given:
-            if not any(re.search(pattern, path) for path in kept):
+def refuse_unused(cfg: AdapterConfig, named: dict[str, Layer], chosen: dict[str, Layer], skipped: dict[str, str]) -> None:
+    """Raise for patterns whose layers other options leave out; `roles` and ranks of 0 only report."""
+    before = [p for p in named if p in chosen or skipped.get(p, "").startswith(("a ", "rank 0"))]
+    for field, patterns in (("targets", cfg.patterns()["targets"]), ("rank_pattern", cfg.rank_pattern)):
+        for pattern in patterns:
+            if not any(fits(pattern, path) for path in (before if field == "targets" else [*chosen, *zero(skipped)])):
                 raise LoraLiteError(
                     f"{field}: {pattern!r} selects only layers that other options leave out.",
-                    found=f"targets={cfg.targets}, exclude={cfg.exclude}, layers={cfg.layers}, roles={cfg.roles}.",
-                    fix=f"{type(cfg).__name__}({field}=({pattern!r},), exclude=(), layers=None)",
-                )
-    paths = [path for path, _ in model.named_modules()]
-    for pattern in set(cfg.exclude) - set(AdapterConfig().exclude):
-        if not any(re.search(pattern, path) for path in paths):
-            raise LoraLiteError(
-                f"exclude: {pattern!r} matches no module.",
-                expected="Every pattern must match at least one.",
-                found=f"{inventory(list(linears(model)))} {closest(pattern, {path.rpartition('.')[2] for path in paths})}",
-                fix=f"{type(cfg).__name__}(exclude=())",
-            )
-
-
-def refuse_uncalled(model: nn.Module, chosen: dict[str, Layer]) -> None:
-    for path, module in model.named_modules():
-        for child in ("out_proj",) if isinstance(module, nn.MultiheadAttention) else ():
-            target = f"{path}.{child}".lstrip(".")
-            if target in chosen:
-                raise LoraLiteError(
-                    f"{target} is never called: nn.MultiheadAttention reads its weight.",
-                    expected="An adapter acts when the layer is called, so it would have no effect here.",
-                    fix=f"exclude=({target!r},)",
+                    found=f"{options(cfg)}.",
+                    fix=repair(cfg, targets=cfg.targets, exclude=(), layers=None, roles=None),
                 )
 
 
-def refuse_tied(model: nn.Module, chosen: dict[str, Layer]) -> None:
-    """A weight shared with an embedding or a layer outside the selection would be merged into both."""
-    others = {id(getattr(module, "weight", None)): p for p, module in model.named_modules() if p not in chosen}
-    for path, layer in chosen.items():
-        if (other := others.get(id(layer.weight))) is not None:
-            raise LoraLiteError(
-                f"{path} shares its weight with {other}.",
-                expected="An adapter changes one use of a weight, merging would change both.",
-                fix=f"exclude=({path!r},)",
-            )
+def zero(skipped: Mapping[str, str]) -> list[str]:
+    return [path for path, why in skipped.items() if why == "rank 0"]
+
+
+def nearest(pattern: str, leaves: Iterable[str]) -> str:
+    """The leaf name that is closest to a pattern, else the first."""
+    found = closest(pattern.removeprefix("re:").strip("^$").rpartition(".")[2], leaves)
+    leaves = list(leaves)
+    return found.removeprefix("Closest name: ").removesuffix(".") if found.startswith("Closest") else leaves[0]
+
+
+def patterns_for(paths: Iterable[str]) -> tuple[str, ...]:
+    """Patterns that fit these paths and, as far as names can say it, no other: numbers become *, equal ones are said once."""
+    written = [".".join("*" if name.isdecimal() else name for name in path.split(".")) for path in paths]
+    return tuple(dict.fromkeys(exactly(path) if fault(p) else p for p, path in zip(written, paths)))
+
+
+def options(cfg: AdapterConfig) -> str:
+    return f"targets={cfg.targets!r}, exclude={cfg.exclude!r}, layers={cfg.layers!r}, roles={cfg.roles!r}"
+
+
+def repair(cfg: AdapterConfig, **changes: Any) -> str:
+    """The user's own config with some options changed, as code."""
+    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)} | changes
+    blank = type(cfg)()
+    said = {name: value for name, value in fields.items() if value != getattr(blank, name)}
+    words = ", ".join([repr(variant_of(cfg).variant), *(f"{name}={value!r}" for name, value in said.items())])
+    return f"cfg = ll.config({words})"
+
+
+def reasons(skipped: Mapping[str, str]) -> str:
+    """'attention: a parameter that is read (layers.*.attn.in_proj_weight x6). ...', one phrase for each reason."""
+    by: dict[str, list[str]] = {}
+    for path, why in skipped.items():
+        by.setdefault(why, []).append(path)
+    parts = []
+    for why, paths in by.items():
+        alike = Counter(".".join("*" if name.isdecimal() else name for name in path.split(".")) for path in paths)
+        parts.append(f"{some(f'{place} x{n}' if n > 1 else place for place, n in alike.items())}: {why}")
+    return "; ".join(parts) + "." if parts else ""
+
+
+def inventory(present: Iterable[str]) -> str:
+    """'Linears in this model: q_proj x6, v_proj x6.'"""
+    counts = Counter(path.rpartition(".")[2] for path in present)
+    return "Linears in this model: " + some([f"{leaf} x{n}" for leaf, n in counts.items()], most=12) + "."
+
+
+def order(path: str) -> list[Any]:
+    """Blocks by number, names by letter."""
+    return [(0, int(name), "") if name.isdecimal() else (1, 0, name) for name in path.split(".")]

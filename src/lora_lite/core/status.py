@@ -5,14 +5,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .finding import adapters, missing
+from .coverage import Coverage, coverage
+from .finding import adapters, dead, missing
+from .selection import reasons
 
 
 @dataclass(frozen=True)
 class LayerStatus:
     """One adapter on one layer. frozen counts a tensor that several layers share where it stands first.
 
-    fired     its hook ran at least once             dead      it did not, though another layer of this adapter ran
+    fired     its hook ran at least once             dead      it did not, though the model ran
     hooked    its hooks are on the layer now         replaced  another module stands in the layer's place
     merged    the weight holds the change            grad_off  none of its tensors requires a gradient
     """
@@ -48,9 +50,14 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """Rows of `status`, one per adapter and layer; prints as a table."""
+    """Rows of `status`, one per adapter and layer; prints equal layers as one line, `long()` every layer.
+
+    skipped {path: reason} of what selection left out     covered  which share of the model lies under adapted layers
+    """
 
     layers: tuple[LayerStatus, ...]
+    skipped: dict[str, str]
+    covered: Coverage
 
     @property
     def trainable(self) -> int:
@@ -61,8 +68,13 @@ class Status:
         return sum(row.frozen for row in self.layers)
 
     @property
+    def coverage(self) -> float:
+        """Parameters in adapted layers over all parameters of the model, each counted once."""
+        return self.covered.share
+
+    @property
     def dead(self) -> list[str]:
-        """Paths whose hook has not run although another layer of the same adapter has."""
+        """Paths whose hook has not run although the model, or another layer of the same adapter, has."""
         return [row.path for row in self.layers if row.dead]
 
     @property
@@ -71,26 +83,64 @@ class Status:
         return [row.path for row in self.layers if row.replaced or not row.hooked]
 
     def __str__(self) -> str:
+        """Layers that differ in their block's number alone are one line."""
         if not self.layers:
             return "no adapters"
-        head = ("adapter", "layer", "variant", "trainable", "frozen", "dtype", "coeff", "state", "report")
-        rows = [
-            (
-                r.name,
-                r.path,
-                r.variant,
-                f"{r.trainable:,}",
-                f"{r.frozen:,}",
-                str(r.dtype).removeprefix("torch."),
-                short(r.coeff),
-                r.state,
-                " ".join(f"{key}={value:.3g}" for key, value in r.report.items()),
-            )
-            for r in self.layers
+        alike: dict[tuple[str, ...], list[LayerStatus]] = {}
+        for row in self.layers:
+            place = ".".join("*" if name.isdecimal() else name for name in row.path.split("."))
+            alike.setdefault((row.name, place, row.variant, str(row.dtype), short(row.coeff), row.state), []).append(row)
+        lines = [
+            (key[0], f"{key[1]} x{len(rows)}" if len(rows) > 1 else rows[0].path, *said(rows)) for key, rows in alike.items()
         ]
-        rows.append(("total", f"{len(self.layers)} layers", "", f"{self.trainable:,}", f"{self.frozen:,}", "", "", "", ""))
-        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in (head, *rows))
+        kept = lines if len(lines) <= MOST else [*lines[:MOST], ("", f"and {len(lines) - MOST} lines more: .long()", *[""] * 7)]
+        text = table([*kept, self.total()])
+        if self.skipped:
+            text += f"\nskipped: {cut(reasons(self.skipped))}"
+        return f"{text}\n{cut(str(self.covered))}"
+
+    def long(self) -> str:
+        """A line for every layer."""
+        return table([*((row.name, row.path, *said([row])) for row in self.layers), self.total()])
+
+    def total(self) -> tuple[str, ...]:
+        return "total", f"{len(self.layers)} layers", "", f"{self.trainable:,}", f"{self.frozen:,}", "", "", "", ""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+MOST = 24  # lines of a status, so that it fits a screen
+
+
+def said(rows: list[LayerStatus]) -> tuple[str, ...]:
+    """Cells of rows that are alike: sums of numbers, ranges of figures."""
+    figures = {key: [row.report[key] for row in rows if key in row.report] for row in rows for key in row.report}
+    first = rows[0]
+    return (
+        first.variant,
+        f"{sum(row.trainable for row in rows):,}",
+        f"{sum(row.frozen for row in rows):,}",
+        str(first.dtype).removeprefix("torch."),
+        short(first.coeff),
+        first.state,
+        " ".join(f"{key}={span(values)}" for key, values in figures.items()),
+    )
+
+
+def span(values: list[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low}..{high}"
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    head = ("adapter", "layer", "variant", "trainable", "frozen", "dtype", "coeff", "state", "report")
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in (head, *rows))
+
+
+def cut(text: str, most: int = 600) -> str:
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
 def short(coeff: float | Tensor) -> str:
@@ -101,7 +151,7 @@ def status(model: nn.Module) -> Status:
     """What is attached where, in which state: per adapter and layer the variant, numbers, dtype, coefficient, fired or dead."""
     found = adapters(model)
     first = {id(holder): f.adapter for f in reversed(found) for holder in f.adapter.shared.values()}
-    alive = {f.name for f in found if f.adapter.fired}
+    dead_ones = {id(f.adapter) for f in dead(found)}
     rows = [
         LayerStatus(
             name=name,
@@ -113,7 +163,7 @@ def status(model: nn.Module) -> Status:
             dtype=next(iter(adapter.tensors().values())).dtype,
             coeff=adapter.coeff,
             fired=adapter.fired,
-            dead=not adapter.fired and name in alive,
+            dead=id(adapter) in dead_ones,
             hooked=adapter.hooked(layer),
             replaced=False,
             merged=adapter.original is not None,
@@ -126,4 +176,7 @@ def status(model: nn.Module) -> Status:
     empty = {"trainable": 0, "frozen": 0, "fired": False, "dead": False, "hooked": False, "replaced": True, "report": {}}
     for name, paths in missing(found).items():
         rows += [replace(kin[name], path=path, **empty) for path in sorted(paths)]
-    return Status(tuple(rows))
+    skipped = {path: why for f in found for path, why in f.adapter.group.skipped.items()}
+    adapted = {f.path for f in found}
+    left = {path: why for path, why in skipped.items() if path not in adapted}
+    return Status(tuple(rows), left, coverage(model, adapted))

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..calibration.calls import ambient
 from ..core import finding, runtime
 from ..errors import LoraLiteError, closest, some
-from ..sites.model import block_index, is_compiled, plain, unwrapped
+from ..sites.model import is_compiled, plain, unwrapped
 from .attention import Call, recorded
 from .objectives.base import NEEDS, Summand
 from .seen import Forward, Seen, token_mask, version
@@ -192,7 +192,7 @@ def hidden_places(root: nn.Module, layers: Any, who: str) -> dict[str, tuple[nn.
     blocks: dict[int, list[str]] = {}
     for path in modules:
         if path.rpartition(".")[2].isdecimal() and not any(name.isdecimal() for name in path.split(".")[:-1]):
-            blocks.setdefault(block_index(path) or 0, []).append(path)
+            blocks.setdefault(int(path.rpartition(".")[2]), []).append(path)
     if layers is None:
         head = root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else None  # type: ignore[operator]
         if not isinstance(head, nn.Module):

@@ -1,21 +1,75 @@
 """A model seen from outside: its Linear-like layers by path, and the wrappers of other programs around it."""
 
+import contextlib
 import gc
 import re
 import warnings
-from collections import Counter
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import nn
 
-from ..errors import LoraLiteError, LoraLiteWarning, some
+from ..errors import LoraLiteError, LoraLiteWarning
 from .layer import Layer, is_linear
 
 
-def block_index(path: str) -> int | None:
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-    return int(found[1]) if found else None
+def block_lists(model: nn.Module) -> dict[str, list[str]]:
+    """{path of a list of blocks: paths of its blocks}: the outermost lists of modules that hold Linear-like layers.
+
+    A list is an nn.ModuleList, or where the model has none of those a module with two or more numbered children of one class.
+    """
+    with_linears = {
+        ".".join(parts[:k]) for path in linears(model) for parts in [path.split(".")] for k in range(1, len(parts) + 1)
+    }
+    modules = dict(model.named_modules())
+
+    def outermost(is_list: Callable[[nn.Module], bool]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path, module in modules.items():
+            if is_list(module) and not any(path == b or path.startswith(f"{b}.") for blocks in found.values() for b in blocks):
+                blocks = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
+                if blocks and any(block in with_linears for block in blocks):
+                    found[path] = blocks
+        return found
+
+    def numbered(module: nn.Module) -> bool:
+        children = dict(module.named_children())
+        return len(children) > 1 and all(map(str.isdecimal, children)) and len(set(map(type, children.values()))) == 1
+
+    return outermost(lambda m: isinstance(m, nn.ModuleList)) or outermost(numbered)
+
+
+def block_index(path: str, lists: dict[str, list[str]]) -> tuple[str, int] | None:
+    """(path of the list, index) of the block that holds this place."""
+    for name, blocks in lists.items():
+        for index, block in enumerate(blocks):
+            if path == block or path.startswith(f"{block}."):
+                return name, index
+    return None
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """transformers' `base_model`, the model less its task heads; the model itself where it has none."""
+    base = getattr(model, "base_model", model)
+    return base if isinstance(base, nn.Module) else model
+
+
+def embeddings(model: nn.Module) -> dict[int, str]:
+    """{id of a weight: path} of the embeddings."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    return {id(m.weight): path for path, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def output_embeddings(model: nn.Module) -> set[int]:
+    """ids of the modules that this model and the models inside it call their output embeddings."""
+    found = set()
+    for module in model.modules():
+        asked = getattr(module, "get_output_embeddings", None)
+        if callable(asked):
+            with contextlib.suppress(Exception):  # a model of another library may not answer
+                found.add(id(asked()))
+    return found - {id(None)}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -76,9 +130,3 @@ def warn_replicated(model: nn.Module) -> None:
 
 def linears(model: nn.Module) -> dict[str, Layer]:
     return {path: cast(Layer, layer) for path, layer in model.named_modules() if is_linear(layer)}
-
-
-def inventory(paths: list[str]) -> str:
-    """'Linears in this model: q_proj x6, v_proj x6'."""
-    counts = Counter(path.rpartition(".")[2] for path in paths)
-    return "Linears in this model: " + some([f"{leaf} x{n}" for leaf, n in counts.items()], most=12) + "."

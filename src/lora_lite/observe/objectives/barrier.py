@@ -9,7 +9,6 @@ why       noise in one attention step leaves -ln det(I - alpha Cov_w(v)). For al
 """
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ...contract.pattern import fits
 from ...core import finding, runtime
 from ...errors import LoraLiteError, LoraLiteWarning, some
 from ..attention import Call, causal, value_traces
@@ -85,7 +85,7 @@ class AttentionBarrier(Objective):
         if self.cap <= 0:
             self.refuse("cap", self.cap, "above 0")
         if self.layers == ():
-            self.refuse("layers", (), '"causal", at least one name or regular expression, or a function of a call')
+            self.refuse("layers", (), '"causal", at least one pattern, or a function of a call')
         if isinstance(self.layers, tuple):
             self.refuse_no_patterns("layers", self.layers)
         if self.soft and self.cap != AttentionBarrier.cap:
@@ -219,9 +219,9 @@ class AttentionBarrier(Objective):
         if isinstance(self.layers, tuple):
             patterns = self.layers
             for pattern in patterns:
-                if not any(re.search(pattern, call.layer) for call in found):
+                if not any(fits(pattern, call.layer) for call in found):
                     raise self.nothing(f"{pattern!r} selects no causal attention.", found)
-            return [call for call in found if any(re.search(pattern, call.layer) for pattern in patterns)]
+            return [call for call in found if any(fits(pattern, call.layer) for pattern in patterns)]
         taken = [call for call in found if self.layers(call)]  # type: ignore[operator]
         if not taken:
             raise self.nothing("the function selects no causal attention.", found)

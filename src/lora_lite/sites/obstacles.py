@@ -1,0 +1,182 @@
+"""Why a place of a model cannot be adapted: its weight is read and not called, tied, computed by another rule, or unknown.
+
+Structure decides: who calls a layer, who shares its weight, what its forward computes on a few vectors.
+"""
+
+import ast
+import contextlib
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layer import Layer, is_linear, oriented_weight, sizes
+from .model import linears
+from .quantised import is_packed, library
+
+KNOWN = ("torch.nn", "bitsandbytes", "torchao", "transformers.pytorch_utils", "accelerate")
+"""Packages whose Linear-like layers compute W x + b, as their tests say here; others are measured."""
+LINEAR = re.compile(r"Linear(?:\d.*|_.*|Lt)?$")
+PROBES = 3
+
+
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_experts")
+OTHERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.RNNBase, nn.MultiheadAttention)
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{path: parameter} of floating parameters (experts, ., .) that a module holds for all its experts at once."""
+    found = {}
+    for path, module in model.named_modules():
+        counts = {getattr(module, name, None) for name in COUNTS}
+        for name, parameter in module.named_parameters(recurse=False) if not isinstance(module, OTHERS) else ():
+            place = f"{path}.{name}".lstrip(".")
+            if parameter.ndim != 3 or not parameter.is_floating_point() or name.endswith("bias"):
+                continue
+            if parameter.shape[0] in counts or "expert" in place.lower():
+                found[place] = parameter
+    return found
+
+
+def attention_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """{path: projection} that nn.MultiheadAttention holds as bare parameters."""
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return {
+        f"{path}.{name}".lstrip("."): getattr(module, name)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for name in names
+        if getattr(module, name) is not None
+    }
+
+
+def unknown_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that look like a linear layer of a kind that nobody here knows, such as quantised ones of other libraries."""
+    known = linears(model)
+    found = {}
+    for path, module in model.named_modules():
+        named = path not in known and LINEAR.search(type(module).__name__) and not isinstance(module, nn.Bilinear)
+        if named and not any(map(is_linear, module.modules())) and all(p.ndim < 3 for p in module.parameters()):
+            found[path] = module
+    return found
+
+
+def uncalled(model: nn.Module) -> dict[str, str]:
+    """{path: reader} of Linear-like layers whose weight the module around them reads without calling them, by its source."""
+    found = {}
+    modules = dict(model.named_modules())
+    for path in linears(model):
+        parent, _, leaf = path.rpartition(".")
+        owner = modules.get(parent)
+        if owner is None or not path:
+            continue
+        if isinstance(owner, nn.MultiheadAttention) or leaf in read_only(type(owner)):
+            found[path] = type(owner).__name__
+    return found
+
+
+@functools.cache
+def read_only(kind: type[nn.Module]) -> frozenset[str]:
+    """Names of children whose weight or bias a class reads and which it never mentions otherwise."""
+    if kind.__module__.startswith("torch.nn.modules.container"):
+        return frozenset()
+    read: set[str] = set()
+    used: set[str] = set()
+    for base in kind.__mro__:
+        if base in (nn.Module, object) or not issubclass(base, nn.Module):
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError, IndentationError):
+            return frozenset()
+        inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("weight", "bias")}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                if isinstance(node.ctx, ast.Load):
+                    (read if id(node) in inner else used).add(node.attr)
+    return frozenset(read - used)
+
+
+def tied(model: nn.Module) -> dict[str, list[str]]:
+    """{path: paths of other modules with the same weight} of Linear-like layers."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        weight = getattr(module, "_parameters", {}).get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    shared = {path: paths for paths in owners.values() if len(paths) > 1 for path in paths}
+    return {path: [p for p in shared[path] if p != path] for path in linears(model) if path in shared}
+
+
+def routers(model: nn.Module) -> dict[str, str]:
+    """{path: the experts that it chooses} of Linear-like layers with one output for each expert of their block."""
+    modules = dict(model.named_modules())
+    experts: dict[str, int] = {}  # path of what holds the experts -> how many
+    for path, parameter in expert_parameters(model).items():
+        experts[path.rpartition(".")[0]] = parameter.shape[0]
+    for path, module in modules.items():
+        many = isinstance(module, nn.ModuleList) and len(module) > 1 and any(map(is_linear, module.modules()))
+        if many and "expert" in path.rpartition(".")[2].lower():
+            experts[path] = len(module)  # type: ignore[arg-type]
+    found = {}
+    for holder, count in experts.items():
+        block = modules[holder.rpartition(".")[0]]
+        for name, child in block.named_children():
+            start = f"{holder.rpartition('.')[0]}.{name}".lstrip(".")
+            inside = {f"{start}.{p}".rstrip("."): m for p, m in child.named_modules() if is_linear(m)}
+            if start != holder and len(inside) == 1:
+                path, layer = next(iter(inside.items()))
+                if sizes(cast(Layer, layer))[1] == count:
+                    found[path] = holder
+    return found
+
+
+def odd_forward(layer: Layer) -> str:
+    """What a Linear-like layer's own forward does instead of W x + b, measured on a few vectors; "" where it is that."""
+    forward = type(layer).forward
+    if forward is nn.Linear.forward or type(layer).__module__.startswith(KNOWN) or is_packed(layer) or layer.weight.is_meta:
+        return ""
+    if library(layer.weight) not in ("torch",) or hasattr(layer.weight, "full_tensor"):
+        return ""
+    d_in = sizes(layer)[0]
+    weight = oriented_weight(layer).detach()
+    with kept(layer), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        x = torch.randn(PROBES, d_in, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+        try:
+            y = layer.forward(x)
+        except Exception as error:  # whatever a stranger's layer raises
+            return f"its forward raises {type(error).__name__} on vectors of {d_in}"
+        if not isinstance(y, Tensor):
+            return f"its forward returns {type(y).__name__}"
+        want = F.linear(x, weight, layer.bias)
+        if y.shape != want.shape:
+            return f"its forward returns shape {tuple(y.shape)} for {tuple(x.shape)}"
+        allowed = 64 * torch.finfo(weight.dtype).eps * want.abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
+        return "" if (y - want).abs().max() <= allowed else "its forward is not W x + b"
+
+
+@contextlib.contextmanager
+def kept(module: nn.Module) -> Iterator[None]:
+    """Inside, a forward may write into buffers; they come back."""
+    before = {name: tensor.clone() for name, tensor in module.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in module.named_buffers():
+                if name in before and not torch.equal(tensor, before[name]):
+                    tensor.copy_(before[name])
+
+
+def foreign_adapters(model: nn.Module) -> str:
+    """The path of a layer that PEFT has wrapped; "" where there is none."""
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"):
+            return path
+    return ""
