@@ -163,7 +163,7 @@ def test_an_unmerge_that_is_interrupted_is_finished_by_the_next():
     toy.perturb(ll.attach(model, ll.config("ia3"), name="b"))
     before = photograph(model)
     ll.merge(model)
-    third = [f for f in merge_module.runtime.adapters(model)][2]
+    third = [f for f in merge_module.finding.adapters(model)][2]
     adapter, original = third.adapter, third.adapter.original
     adapter.original = original._replace(bias=object())  # no such bias can be set
     with pytest.raises(TypeError):

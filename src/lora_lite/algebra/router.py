@@ -10,6 +10,7 @@ from torch import nn
 
 from ..core import finding, runtime
 from ..errors import LoraLiteError
+from ..sites.model import unwrapped
 
 Kind = Literal["layer", "module", "adapter"]
 
@@ -96,7 +97,7 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 def scaled(bank: nn.Module, kind: Kind, gains: Mapping[str, float]) -> runtime.GroupScaling:
-    return runtime.scaled(finding.present(bank, None), lambda found: gains[group(found, kind)])
+    return runtime.scaled(unwrapped(bank), finding.present(bank, None), lambda found: gains[group(found, kind)])
 
 
 def frontier(routed: Mapping[str, float], sequential: Mapping[str, float], *, centred: bool = True) -> float:

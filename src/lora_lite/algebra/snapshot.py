@@ -25,7 +25,7 @@ from ..core.untouched import warn_left_out
 from ..errors import LoraLiteError, some
 from ..sites.layer import Layer
 from ..sites.model import unwrapped
-from ..sites.sharded import whole
+from ..sites.sharded import refuse_fsdp1, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +69,7 @@ def snapshot(model: nn.Module, name: str | None = None) -> Snapshot:
     Raises LoraLiteError while it is merged and where its hooks were removed by somebody else.
     """
     model = unwrapped(model)
+    refuse_fsdp1(model, "taken = ll.snapshot(model)")
     name = finding.the_name(model, name)
     found = finding.adapters(model, name)
     finding.refuse_other_root(found)

@@ -1,15 +1,14 @@
 """Adapter: the module that hangs under a layer, owns its tensors, its coefficient, its hooks and every cast."""
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLiteError
-from ..sites.layer import Base, Layer
+from ..sites.layer import Base, Layer, by_keyword, place_of_input
+from . import rows
 from .attachment import NOWHERE, Group, Original
 from .config import AdapterConfig
 from .method import Method
@@ -23,9 +22,15 @@ class Adapter(Method):
     Tensors are built from `param_specs` as parameters or buffers under their declared names.
     """
 
+    set_coeff: float | Tensor  # the coefficient as it was set
+    disabled_by: int  # how many `disabled` blocks are open
+    asleep: bool  # whether any is; torch.compile would take the number for one that varies
+    input_place: tuple[int, str]  # where the layer's forward takes its activation
+    behind_router: bool  # whether the layer stands behind a router
     values: Tensor | None  # `maps.distinct` of a coefficient tensor that is not trained
     common: float | Tensor | None  # the coefficient of all layers, where `scale` by groups multiplies it
     fired: bool
+    hung_as: str  # its name as a child of the layer
     path: str  # of its layer, seen from the module that was attached to
     group: Group
     original: Original | None  # while merged
@@ -40,9 +45,14 @@ class Adapter(Method):
         # State stands on the instance: torch.compile compiles again where an instance overrides a default of the class. All
         # at once: nn.Module looks for parameters at every assignment, which is a third of the time that building takes.
         vars(self).update(
-            d_in=d_in, d_out=d_out, cfg=cfg, coeff=cfg.coeff, values=None, common=None, fired=False, path="", group=NOWHERE,
-            original=None, handles=[], shared={}, report={},
+            d_in=d_in, d_out=d_out, cfg=cfg, set_coeff=cfg.coeff, values=None, common=None, disabled_by=0, asleep=False,
+            fired=False, path="", hung_as="", group=NOWHERE, original=None, handles=[], shared={}, report={},
+            input_place=(0, "input"), behind_router=False,
         )  # fmt: skip
+        if not cfg.dtype.is_floating_point:
+            raise LoraLiteError(
+                f"dtype={cfg.dtype} cannot be trained.", expected="A floating-point dtype.", fix="dtype=torch.float32"
+            )
         for name, spec in self.specs().items():
             if hasattr(type(self), name) or name in vars(self):
                 raise LoraLiteError(
@@ -88,14 +98,16 @@ class Adapter(Method):
         return {name: getattr(self, name) for name, spec in self.specs().items() if not spec.shared}
 
     def install(self, layer: Layer, path: str, group: Group) -> None:
-        """Hang under the layer as a child of the group's name."""
-        self.path, self.group = path, group
+        """Hang under the layer as a child of the group's name, in train or eval mode as the layer is."""
+        self.path, self.group, self.hung_as = path, group, group.child
+        self.train(layer.training)
         group.paths.add(path)
-        layer.add_module(group.name, self)
+        layer.add_module(group.child, self)
         self.hook(layer)
 
     def hook(self, layer: nn.Module) -> None:
         """Bound methods, so that a deep copy of the model calls the copy of the adapter."""
+        self.input_place = place_of_input(type(layer).forward)
         if self.changes_input():
             self.handles.append(layer.register_forward_pre_hook(self.input_hook, with_kwargs=True))
         if self.changes_output():
@@ -116,8 +128,8 @@ class Adapter(Method):
     def remove(self, layer: nn.Module) -> None:
         self.unhook()
         self.group.paths.discard(self.path)
-        if getattr(layer, self.group.name, None) is self:
-            delattr(layer, self.group.name)
+        if getattr(layer, self.group.child, None) is self:
+            delattr(layer, self.group.child)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Adapter":
         """model.to(...) also moves the original weights that a merge keeps aside; shared tensors move once for all."""
@@ -140,52 +152,109 @@ class Adapter(Method):
         for name, holder in self.shared.items():
             self.share(name, holder)
 
+    @property
+    def coeff(self) -> float | Tensor:
+        """The coefficient: what was set or, in a call with a tensor of them, that with axes of size 1 up to those of y."""
+        lent = rows.HERE.lent
+        return self.set_coeff if lent is None or lent[0] is not self else lent[1]
+
+    @coeff.setter
+    def coeff(self, coeff: float | Tensor) -> None:
+        object.__setattr__(self, "set_coeff", coeff)
+
     def take(self, coeff: float | Tensor, common: float | Tensor | None = None) -> None:
         """Hold coefficients; one that is a parameter of the caller's does not become one of the adapter's."""
-        object.__setattr__(self, "coeff", coeff)
+        object.__setattr__(self, "set_coeff", coeff)
         object.__setattr__(self, "common", common)
 
     def idle(self) -> bool:
-        """No work to do: the coefficient is exactly 0, or the weight already holds the change."""
-        return self.original is not None or (not isinstance(self.coeff, Tensor) and self.coeff == 0.0)
+        """No work to do: disabled, the coefficient is exactly 0, or the weight already holds the change."""
+        return self.original is not None or self.asleep or (not isinstance(self.set_coeff, Tensor) and self.set_coeff == 0.0)
 
-    def input_hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.fired = True
+    # Both hooks run once for every call of every layer: what is rare is asked for last, and elsewhere.
+
+    def input_hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        own = self if kwargs is not None and layer._modules.get(self.hung_as) is self else self.standing_on(layer, kwargs)
+        return own.changed_input(layer, args, kwargs or {})
+
+    def changed_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        object.__setattr__(self, "fired", True)
         if self.idle():
             return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        with self.aligned(x):
-            changed = self.forward_input(x).to(x.dtype)
-        if args:
-            return (changed, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): changed}
+        at, name = self.input_place
+        given = len(args) > at
+        name = name if given else by_keyword(layer, name, kwargs)
+        x = args[at] if given else kwargs[name]
+        if not isinstance(x, Tensor):
+            raise no_tensor(layer, "is given", x)
+        changed = (
+            self.call_by_row((x,)) if x.is_nested or isinstance(self.set_coeff, Tensor) else self.call_input(x).to(x.dtype)
+        )
+        return ((*args[:at], changed, *args[at + 1 :]), kwargs) if given else (args, {**kwargs, name: changed})
 
-    def output_hook(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        self.fired = True
+    def output_hook(
+        self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, y: Any = None
+    ) -> Tensor | None:
+        if y is None or layer._modules.get(self.hung_as) is not self:
+            return self.standing_on(layer, None if y is None else kwargs).changed_output(layer, args, kwargs, y)
+        return self.changed_output(layer, args, kwargs, y)
+
+    def changed_output(self, layer: Layer, args: tuple[Any, ...], kwargs: Any, y: Any) -> Tensor | None:
+        object.__setattr__(self, "fired", True)
         if self.idle():
             return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        with self.aligned(y):
-            return self.forward(x, y, Base(layer)).to(y.dtype)
+        at, name = self.input_place
+        x = args[at] if len(args) > at else kwargs[by_keyword(layer, name, kwargs)]
+        if not isinstance(y, Tensor):
+            raise no_tensor(layer, "returns", y)
+        if y.is_nested or isinstance(self.set_coeff, Tensor):
+            return self.call_by_row((x, y), Base(layer))
+        return self(x, y, Base(layer)).to(y.dtype)
 
-    @contextlib.contextmanager
-    def aligned(self, z: Tensor) -> Iterator[None]:
-        """For the call: a coefficient tensor gets axes of size 1 up to those of z."""
-        coeff = self.coeff
-        if not isinstance(coeff, Tensor):
-            yield
-            return
-        if coeff.ndim >= z.ndim or any(c not in (1, n) for c, n in zip(coeff.shape, z.shape)):
-            raise LoraLiteError(
-                f"The coefficient tensor has shape {tuple(coeff.shape)}.",
-                expected=f"It must line up with the leading axes of activations of shape {tuple(z.shape)}.",
-                fix=f"ll.scale(model, torch.ones({z.shape[0]}))  # one value per sample",
-            )
-        self.take(coeff.to(z.device).reshape(coeff.shape + (1,) * (z.ndim - coeff.ndim)), self.common)
+    def call_input(self, x: Tensor) -> Tensor:
+        """x' of the input side; by a call of the module, which other libraries watch, where there is no other side."""
+        return self.forward_input(x) if self.changes_output() else self(x, None, None)
+
+    def call_by_row(self, tensors: tuple[Tensor, ...], *base: Base) -> Tensor:
+        """The last of (x,) or (x, y) as it is changed: where rows have coefficients of their own, or samples lengths.
+
+        Rows at coefficient 0 are those of the base bit for bit, also where the adapter overflows; a coefficient that is to be
+        trained has a gradient at 0 as well.
+        """
+        ragged = rows.Ragged(tensors[-1]) if tensors[-1].is_nested else None
+        tensors = tuple(ragged.flat(one) for one in tensors) if ragged else tensors
+        z, coeffs, lent, zero = tensors[-1], self.set_coeff, rows.HERE.lent, None
+        if isinstance(coeffs, Tensor):
+            coeff = ragged.spread(self, coeffs) if ragged else rows.aligned(self, coeffs, tensors[0], z)
+            zero = None if coeff.requires_grad else coeff == 0
+            if zero is not None and z.dtype is torch.float16:  # the gradients of numbers that overflowed are not numbers
+                tensors = tuple(torch.where(zero, 0.0, one) for one in tensors)
+            rows.HERE.lent = (self, coeff)
         try:
-            yield
+            new = (self(*tensors, *base) if base else self.call_input(*tensors)).to(z.dtype)
         finally:
-            self.take(coeff, self.common)
+            rows.HERE.lent = lent
+        new = new if zero is None else torch.where(zero, z, new)
+        return ragged.whole(new) if ragged else new
+
+    def standing_on(self, layer: nn.Module, kwargs: Any) -> "Adapter":
+        """The adapter of a layer that took our hooks over: a replica's own. Raises LoraLiteError where there is none."""
+        own = layer._modules.get(self.hung_as)
+        if kwargs is not None and isinstance(own, type(self)):
+            return own
+        raise LoraLiteError(
+            f"{type(layer).__name__} took over the hooks of adapter {self.group.name!r} and not the adapter.",
+            expected="The layers that were there at attach: another program put new ones in their place.",
+            fix="ll.save(model, path); ll.detach(model)  # then exchange the layers, then ll.load(model, path)",
+        )
 
     def extra_repr(self) -> str:
-        return f"{self.variant}, {self.d_in} -> {self.d_out}, coeff={self.coeff}"
+        return f"{self.variant}, {self.d_in} -> {self.d_out}, coeff={self.set_coeff}"
+
+
+def no_tensor(layer: nn.Module, verb: str, value: Any) -> LoraLiteError:
+    return LoraLiteError(
+        f"{type(layer).__name__} {verb} a {type(value).__name__}.",
+        expected="One tensor: an adapter changes W x + b.",
+        fix="exclude=(...)  # the name of the layer",
+    )

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,28 +12,39 @@ from ..sites.layer import Base
 T = TypeVar("T")
 
 
+class Entry(NamedTuple):
+    """A result and what it was computed from: copies of `of`, the base weight and its state."""
+
+    value: Any
+    of: tuple[Tensor | float, ...]
+    weight: Callable[[], Tensor | None]
+    state: tuple[Any, ...]
+
+
 class Kept:
     """The last result of one computation, with copies of what it was computed from.
 
     Reused where those are equal number by number, however they were written, and the base weight, where one is given, is the
-    same tensor in the same version. On the CPU only: elsewhere every layer would wait for the device to compare.
+    same tensor in the same version. On the CPU only: elsewhere every layer would wait for the device to compare. The entry is
+    replaced as one object, so that another thread sees a result with what belongs to it.
     """
 
     def __init__(self) -> None:
-        self.of: tuple[Tensor | float, ...] | None = None
-        self.weight: Callable[[], Tensor | None] = lambda: None
-        self.state: tuple[Any, ...] = ()
-        self.value: Any = None
+        self.entry: Entry | None = None
 
     def __call__(self, make: Callable[[], T], of: tuple[Tensor | float, ...], base: Base | None = None) -> T:
-        if self.of is None or not all(map(equal, of, self.of)) or not self.same(base):
-            self.value, self.of = make(), tuple(one.detach().clone() if isinstance(one, Tensor) else one for one in of)
-            if base is not None:
-                self.weight, self.state = weakref.ref(base.layer.weight), state(base.layer.weight)
-        return self.value
+        entry = self.entry
+        if entry is None or not all(map(equal, of, entry.of)) or not same(entry, base):
+            copies = tuple(one.detach().clone() if isinstance(one, Tensor) else one for one in of)
+            weight, known = (
+                (weakref.ref(base.layer.weight), state(base.layer.weight)) if base is not None else (lambda: None, ())
+            )
+            self.entry = entry = Entry(make(), copies, weight, known)
+        return entry.value
 
-    def same(self, base: Base | None) -> bool:
-        return base is None or (self.weight() is base.layer.weight and self.state == state(base.layer.weight))
+
+def same(entry: Entry, base: Base | None) -> bool:
+    return base is None or (entry.weight() is base.layer.weight and entry.state == state(base.layer.weight))
 
 
 def reusable(of: Iterable[Tensor | float], frozen: Iterable[Tensor | None], base: Any = None) -> bool:

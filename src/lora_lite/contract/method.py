@@ -33,7 +33,6 @@ class Method(nn.Module):
     d_in: int
     d_out: int
     cfg: Any
-    coeff: float | Tensor
     report: dict[str, float]  # what group_init measured, such as the captured share of a statistic
 
     @staticmethod
@@ -62,6 +61,11 @@ class Method(nn.Module):
         """
         return {}
 
+    @staticmethod
+    def upgraded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A layer's tensors as a file has them, under the names of `param_specs` where an earlier version had others."""
+        return tensors
+
     def init(self, W: Tensor) -> None:
         """Fill tensors from W (d_out, d_in), a float32 copy of the weight (see Claims.reads_weight). Once, at attach."""
 
@@ -70,7 +74,9 @@ class Method(nn.Module):
         """Fill tensors of all adapters {path: adapter} of this attach from streamed statistics. Once, after every `init`."""
 
     def forward(self, x: Tensor, y: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-        """y' (..., d_out) from x (..., d_in), y = W x + b and base(z) = W z."""
+        """y' (..., d_out) from x (..., d_in), y = W x + b and base(z) = W z. Of an input-side method: x' from x."""
+        if y is None and self.changes_input():
+            return self.forward_input(x)
         raise LoraLiteError(f"{type(self).__name__} has no output side.", expected="forward(self, x, y, base).")
 
     def forward_input(self, x: Tensor) -> Tensor:

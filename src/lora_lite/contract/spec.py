@@ -5,9 +5,11 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..errors import LoraLiteError
 
@@ -16,20 +18,27 @@ Start = Callable[[Shape], Tensor]
 """A function of the shape. Random ones draw from torch's global CPU generator, which the core seeds from
 (config seed, layer path, tensor name) and restores, so that no start depends on the order of the layers."""
 
-zeros: Start = torch.zeros
-ones: Start = torch.ones
+F32 = torch.float32  # starts are drawn in it whatever torch's default dtype is
+
+
+def zeros(shape: Shape) -> Tensor:
+    return torch.zeros(shape, dtype=F32)
+
+
+def ones(shape: Shape) -> Tensor:
+    return torch.ones(shape, dtype=F32)
 
 
 def constant(value: float) -> Start:
-    return lambda shape: torch.full(shape, float(value))
+    return lambda shape: torch.full(shape, float(value), dtype=F32)
 
 
 def uniform(bound: float) -> Start:
-    return lambda shape: torch.empty(shape).uniform_(-bound, bound)
+    return lambda shape: torch.empty(shape, dtype=F32).uniform_(-bound, bound)
 
 
 def normal(std: float) -> Start:
-    return lambda shape: torch.randn(shape) * std
+    return lambda shape: torch.randn(shape, dtype=F32) * std
 
 
 def kaiming(shape: Shape) -> Tensor:
@@ -100,11 +109,25 @@ class ParamSpec:
             )
 
 
+class InFloat32(TorchFunctionMode):
+    """New tensors of which no dtype is said are in float32, for this thread: a generator's numbers depend on the dtype."""
+
+    made = frozenset((torch.empty, torch.eye, torch.linspace, torch.ones, torch.rand, torch.randn, torch.zeros))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({"dtype": F32, **kwargs} if func in self.made else kwargs))
+
+
 @contextlib.contextmanager
 def seeded(*key: object) -> Iterator[None]:
-    """torch's CPU generator seeded from the key, and as it was afterwards; new tensors are on the CPU."""
-    elsewhere = torch.get_default_device().type != "cpu"  # where it is the CPU, entering it only slows every call
-    with torch.random.fork_rng(devices=[]), torch.device("cpu") if elsewhere else contextlib.nullcontext():
+    """torch's CPU generator seeded from the key, and as it was afterwards; new tensors are on the CPU, in float32."""
+    with contextlib.ExitStack() as inside:
+        inside.enter_context(torch.random.fork_rng(devices=[]))
+        if torch.get_default_device().type != "cpu":  # where it is the CPU, entering it only slows every call
+            inside.enter_context(torch.device("cpu"))
+        if torch.get_default_dtype() != F32:
+            inside.enter_context(InFloat32())
         torch.default_generator.manual_seed(zlib.crc32(repr(key).encode()))  # torch.manual_seed reseeds accelerators too
         yield
 

@@ -3,7 +3,7 @@
 No variant has code for this: everything comes from the adapters' own maps on vectors, in float64.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +28,17 @@ class DenseBase:
         return (z.to(self.W.dtype) @ self.W.T).to(z.dtype)
 
 
+def at_rest(module: Any) -> Any:
+    """A view of the module in eval mode, with the very same tensors: a map has no random draw, whatever mode it is in."""
+    twin = object.__new__(type(module))
+    children = {name: child if child is None else at_rest(child) for name, child in module._modules.items()}
+    vars(twin).update({**vars(module), "training": False, "_modules": children})
+    return twin
+
+
 def run(adapters: list[Adapter], base: DenseBase, x: Tensor) -> Tensor:
     """The layer with these adapters, hooks aside: x (n, d_in) -> (n, d_out). Those at coefficient 0 do nothing."""
-    active = [a for a in adapters if isinstance(a.coeff, Tensor) or a.coeff != 0.0]
+    active = [at_rest(a) for a in adapters if not a.asleep and (isinstance(a.coeff, Tensor) or a.coeff != 0.0)]
     with torch.autocast(x.device.type, enabled=False):
         for adapter in active:
             if adapter.changes_input():

@@ -1,8 +1,11 @@
 """detach: the base as it was before the first attach, bit for bit."""
 
+import warnings
+
 from torch import nn
 
 from ..contract import rows
+from ..errors import LoraLiteWarning, some
 from ..sites.model import plain, unwrapped
 from . import finding
 from .merge import put_back
@@ -19,6 +22,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     leaving = finding.adapters(model, name)
     finding.refuse_other_root(leaving)
     layers = {found.path for found in leaving if found.adapter.original is not None}
+    warn_unmerged([found for found in finding.adapters(model) if found.path in layers], leaving)
     put_back([found for found in finding.adapters(model) if found.path in layers])
     base = leaving[0].adapter.group.base if leaving else None
     for found in leaving:
@@ -31,3 +35,15 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             if plain(key) in base.flags:
                 parameter.requires_grad_(base.flags[plain(key)])
         put_back_buffers(model, base)
+
+
+def warn_unmerged(merged: list[finding.Found], leaving: list[finding.Found]) -> None:
+    """Warn where adapters that stay come out of the weights with one that goes."""
+    gone = {id(found.adapter) for found in leaving}
+    if staying := [found for found in merged if id(found.adapter) not in gone]:
+        warnings.warn(
+            f"{some(dict.fromkeys(f.name for f in staying))} was merged into the same weights and acts beside them again at "
+            f"{some(dict.fromkeys(f.path for f in staying))}. ll.merge(model) merges it anew.",
+            LoraLiteWarning,
+            stacklevel=3,
+        )

@@ -3,17 +3,45 @@
 No variant has merge code: W' and b' come from the adapters' own maps on basis vectors (delta.py).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ..contract.adapter import Adapter
 from ..contract.attachment import Original
 from ..errors import LoraLiteError, some
+from ..mathematics.maps import is_finite
 from ..sites.layer import Layer, is_conv1d
 from ..sites.model import unwrapped
+from ..sites.offloaded import REMOVE, is_offloaded
 from ..sites.quantised import is_packed, parts
 from . import finding
 from .delta import effective, refuse_nonlinear
+
+LISTED = 20  # layers that a report prints
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What rounding to the dtype of the weights lost of each change; prints as a table, the worst layers first.
+
+    lost    {path: |stored - exact| / |exact - base|}, Frobenius norms over weight and bias, against float64
+    dtypes  {path: dtype that the merged weight is stored in}
+    """
+
+    lost: dict[str, float]
+    dtypes: dict[str, torch.dtype]
+
+    @property
+    def worst(self) -> float:
+        return max(self.lost.values(), default=0.0)
+
+    def __str__(self) -> str:
+        rows = sorted(self.lost.items(), key=lambda row: -row[1])
+        lines = [f"  {share:8.2g}  {str(self.dtypes[path]).removeprefix('torch.'):9} {path}" for path, share in rows[:LISTED]]
+        more = [f"  and {len(rows) - LISTED} more"] if len(rows) > LISTED else []
+        return "\n".join([f"{len(rows)} layers merged; share of the change that rounding lost:", *lines, *more])
 
 
 def refuse_unmergeable(found: list[finding.Found]) -> None:
@@ -25,6 +53,18 @@ def refuse_unmergeable(found: list[finding.Found]) -> None:
                 f"The weight of {f.path} is computed, by a parametrization or weight_norm.",
                 expected="Only a weight that is a parameter can be exchanged.",
                 fix='torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")  # before ll.attach',
+            )
+        if is_offloaded(f.layer):
+            raise LoraLiteError(
+                f"accelerate exchanges the weight of {f.path} around each call, and would put the base's back.",
+                expected="Weights in memory.",
+                fix=REMOVE,
+            )
+        if bad := [key for key, tensor in f.adapter.tensors().items() if not is_finite(tensor)]:
+            raise LoraLiteError(
+                f"Adapter {f.name!r} at {f.path} holds numbers that are not finite: {some(bad)}.",
+                expected="Finite numbers: no dtype of the weights mends them.",
+                fix=f"ll.detach(model, {f.name!r}); ll.load(model, path)  # of the last good checkpoint",
             )
         refuse_nonlinear(f.adapter, f.path, "ll.save(model, path)  # it is kept, and runs, as an adapter")
         if isinstance(f.adapter.coeff, Tensor):
@@ -86,15 +126,19 @@ def refuse_packed(found: list[finding.Found], dense: bool | torch.dtype) -> None
 
 
 @torch.inference_mode(False)  # what it makes outlives the caller's inference mode
-def merge(model: nn.Module, name: str | None = None, *, dense: bool | torch.dtype = False) -> None:
+def merge(
+    model: nn.Module, name: str | None = None, *, dense: bool | torch.dtype = False, limit: float | None = None
+) -> MergeReport:
     """Fold adapter `name`, or all, into new weight storage at the current coefficients; `unmerge` gives the old one back.
 
+    limit  the largest share of a layer's change that rounding to its dtype may lose; None: any, the report says which
     dense  what becomes of a quantised layer: False refuses it, a dtype makes it a dense Linear of that dtype until `unmerge`,
            True takes the dtype of its weight, where that is packed in integers that of the model's first dense parameter
 
     Beside the old weights, which are kept, memory holds the new ones in their own dtype and one layer at a time in float64.
     Raises LoraLiteError, before any layer is changed, for variants that are not linear maps, per-sample coefficients, an
-    adapter merged already, a quantised layer, and a choice that leaves an adapter of the layer unmerged.
+    adapter merged already or with numbers that are not finite, a quantised or offloaded layer, a choice that leaves an adapter
+    of the layer unmerged, and a loss above `limit`.
     """
     model = unwrapped(model)
     chosen = finding.present(model, name)
@@ -112,17 +156,33 @@ def merge(model: nn.Module, name: str | None = None, *, dense: bool | torch.dtyp
                 expected="The adapters of a layer act in order and are merged together.",
                 fix=f"ll.merge(model)  # or ll.detach(model, {f.name!r}) first",
             )
-    new = {}
+    new: dict[str, tuple[Tensor, Tensor | None]] = {}
+    lost: dict[str, float] = {}
     for path, found in by_layer.items():
         layer = found[0].layer
         dtype = dense if isinstance(dense, torch.dtype) and is_packed(layer) else dense_dtype(model, layer)
-        new[path] = merged(path, layer, [f.adapter for f in found], dtype)
+        *new[path], lost[path] = merged(path, layer, [f.adapter for f in found], dtype)  # type: ignore[assignment]
+    report = MergeReport(lost, {path: weight.dtype for path, (weight, _) in new.items()})
+    refuse_lossy(report, limit)
     try:
         for path, found in by_layer.items():
             swap(found, *new[path])
     except BaseException:
         put_back(chosen)
         raise
+    return report
+
+
+def refuse_lossy(report: MergeReport, limit: float | None) -> None:
+    if limit is None or report.worst <= limit:
+        return
+    path, above = max(report.lost, key=lambda p: report.lost[p]), [p for p, share in report.lost.items() if share > limit]
+    raise LoraLiteError(
+        f"Rounding to {str(report.dtypes[path]).removeprefix('torch.')} loses {report.lost[path]:.2g} of the change of {path}, "
+        f"and more than limit={limit:g} in {len(above)} of {len(report.lost)} layers.",
+        expected="Weights that hold the change, or the adapter beside them.",
+        fix=f"ll.merge(model.float(), limit={limit:g})",
+    )
 
 
 def dense_dtype(model: nn.Module, layer: Layer) -> torch.dtype:
@@ -133,20 +193,21 @@ def dense_dtype(model: nn.Module, layer: Layer) -> torch.dtype:
     return next((p.dtype for p in own if p.is_floating_point()), torch.get_default_dtype())
 
 
-def merged(path: str, layer: Layer, adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """W' in that dtype, as the layer stores its weight, and b' or None where there is neither a bias nor a change of it."""
-    W, b, _ = effective(layer, adapters)
-    weight = (W.T if is_conv1d(layer) else W).to(dtype).contiguous()
-    bias = (
-        b.to(dtype if layer.bias is None or is_packed(layer) else layer.bias.dtype)
-        if layer.bias is not None or b.any()
-        else None
-    )
-    if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-        raise LoraLiteError(
-            f"The merged weight of {path} overflows {weight.dtype}.", fix="model.bfloat16()  # or model.float()"
-        )
-    return weight, bias
+def merged(path: str, layer: Layer, adapters: list[Adapter], dtype: torch.dtype) -> tuple[Tensor, Tensor | None, float]:
+    """W' in that dtype, as the layer stores its weight, b' or None where there is neither a bias nor a change of it, and the
+    share of the change that rounding loses.
+    """
+    exact, shifted, W = effective(layer, adapters)
+    before = torch.zeros_like(shifted) if layer.bias is None else layer.bias.detach().double()
+    weight = exact.to(dtype)
+    bias = shifted.to(dtype if layer.bias is None or is_packed(layer) else layer.bias.dtype)
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise LoraLiteError(f"The merged weight of {path} overflows {dtype}.", fix="model.bfloat16()  # or model.float()")
+    change = torch.hypot((exact - W).norm(), (shifted - before).norm())
+    rounding = torch.hypot((weight.double() - exact).norm(), (bias.double() - shifted).norm())
+    share = float(rounding / change) if change > 0 else 0.0
+    stored = (weight.T if is_conv1d(layer) else weight).contiguous()
+    return stored, bias if layer.bias is not None or shifted.any() else None, share
 
 
 def swap(found: list[finding.Found], weight: Tensor, bias: Tensor | None) -> None:

@@ -38,11 +38,22 @@ def redrawn(path: str | Path, adapters: dict[str, Adapter], seed: int, hashes: d
     return {name: values[name] for name in hashes}
 
 
+def upgraded(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that the variant gives them, where an earlier version had others."""
+    of: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        path, _, leaf = key.rpartition(".")
+        of.setdefault(path, {})[leaf] = tensor
+    own = {path: adapters[path].upgraded(found) if path in adapters else found for path, found in of.items()}
+    return {f"{path}.{leaf}": tensor for path, found in own.items() for leaf, tensor in found.items()}
+
+
 def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, Tensor], known: dict[str, Tensor]) -> None:
     """Copy the file's tensors into the built adapters, `known` shared ones beside them.
 
     Raises LoraLiteError naming missing, unexpected and misshaped ones.
     """
+    tensors = upgraded(adapters, tensors)
     places = {f"{p}.{key}": tensor for p, adapter in adapters.items() for key, tensor in adapter.own().items()}
     common = {name: shared.holders(adapters, name) for name in shared.declared(adapters)}
     places |= {f"*.{name}": found[0].tensor for name, found in common.items() if name not in known}

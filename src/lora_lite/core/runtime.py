@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract import rows
 from ..contract.adapter import Adapter
 from ..errors import LoraLiteError, LoraLiteWarning
 from ..mathematics.maps import distinct
 from ..sites.model import unwrapped
 from ..sites.quantised import keep_trainable
+from ..sites.routing import routed
 from .finding import Found, adapters, present
 from .gains import gains
 
@@ -45,24 +47,29 @@ def repair(model: nn.Module) -> list[str]:
 class Scaling:
     """A coefficient set on adapters; leaving it as a context manager puts the old ones back."""
 
-    def __init__(self, chosen: list[Adapter], coeff: float | Tensor, common: float | Tensor | None = None):
-        self.coeff, self.common, self.values = coeff, common, None
+    def __init__(self, model: nn.Module, chosen: list[Adapter], coeff: float | Tensor, common: float | Tensor | None = None):
+        self.model, self.coeff, self.common, self.values = model, coeff, common, None
         if isinstance(coeff, Tensor) and not coeff.requires_grad:
             self.coeff = coeff.clone()  # what the caller writes into it later would not be among the values
             self.values = distinct(coeff)
-        self.before = [(adapter, adapter.coeff, adapter.common, adapter.values) for adapter in chosen]
+        self.before = [(adapter, adapter.set_coeff, adapter.common, adapter.values) for adapter in chosen]
         self.__enter__()
 
     def __enter__(self) -> "Scaling":
         for adapter, *_ in self.before:
             adapter.take(self.coeff, self.common)
             adapter.values = self.values
+        self.watch()
         return self
 
     def __exit__(self, *error: object) -> None:
         for adapter, coeff, common, values in self.before:
             adapter.take(coeff, common)
             adapter.values = values
+        self.watch()
+
+    def watch(self) -> None:
+        rows.watch(self.model, [adapter for adapter, *_ in self.before])
 
 
 class GroupScaling:
@@ -95,7 +102,7 @@ def scale(model: nn.Module, coeff: float | Tensor | Mapping[str, float], *, name
     if isinstance(coeff, Mapping):
         found = present(model, name)
         gain = gains(coeff, [f.path for f in found])
-        return scaled(found, lambda f: gain[f.path])
+        return scaled(unwrapped(model), found, lambda f: gain[f.path])
     if isinstance(coeff, Tensor):
         coeff = float(coeff) if coeff.ndim == 0 and not coeff.requires_grad else coeff
     elif isinstance(coeff, bool) or not isinstance(coeff, (int, float)):
@@ -109,16 +116,26 @@ def scale(model: nn.Module, coeff: float | Tensor | Mapping[str, float], *, name
     refuse_scaling_merged(chosen)
     for adapter in {adapter.variant: adapter for adapter in chosen}.values():
         warn_outside(adapter, values)
-    return Scaling(chosen, coeff)
+    if isinstance(coeff, Tensor):
+        mark_routed(unwrapped(model))
+    return Scaling(unwrapped(model), chosen, coeff)
 
 
-def scaled(found: list[Found], gain: Callable[[Found], float]) -> GroupScaling:
+def mark_routed(model: nn.Module) -> None:
+    """Note which adapters stand behind a router: there rows are gathered."""
+    lists = tuple(f"{path}." for path in routed(model))
+    for f in adapters(model):
+        if f.path.startswith(lists):
+            f.adapter.behind_router = True
+
+
+def scaled(model: nn.Module, found: list[Found], gain: Callable[[Found], float]) -> GroupScaling:
     """Set c g for every adapter: c is the coefficient last set for all its layers, g its gain."""
     refuse_scaling_merged([f.adapter for f in found])
-    common = [f.adapter.coeff if f.adapter.common is None else f.adapter.common for f in found]
+    common = [f.adapter.set_coeff if f.adapter.common is None else f.adapter.common for f in found]
     for f, c in zip(found, common):
         warn_outside(f.adapter, torch.as_tensor(c).detach() * gain(f))
-    return GroupScaling([Scaling([f.adapter], c * gain(f), c) for f, c in zip(found, common)])
+    return GroupScaling([Scaling(model, [f.adapter], c * gain(f), c) for f, c in zip(found, common)])
 
 
 def refuse_scaling_merged(chosen: list[Adapter]) -> None:
@@ -141,15 +158,23 @@ def warn_outside(adapter: Adapter, values: Tensor) -> None:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
-    """Inside, adapter `name` (or every one) does no work: the output is the base model's. Coefficients come back.
+    """Inside, adapter `name` (or every one) does no work: the output is the base model's, whatever `scale` sets meanwhile.
 
     A model without adapters is disabled as it is. Under gradient checkpointing call backward inside, as with `scale`.
+    Raises LoraLiteError for a merged adapter.
     """
-    if name is None and not adapters(model):
+    chosen = [found.adapter for found in adapters(model, name)]
+    refuse_scaling_merged(chosen)
+    closed: list[Adapter] = []
+    try:
+        for adapter in chosen:
+            closed.append(adapter)
+            adapter.disabled_by, adapter.asleep = adapter.disabled_by + 1, True
         yield
-        return
-    with scale(model, 0.0, name=name):
-        yield
+    finally:
+        for adapter in closed:
+            adapter.disabled_by -= 1
+            adapter.asleep = adapter.disabled_by > 0
 
 
 def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float = 0.0) -> list[dict[str, Any]]:

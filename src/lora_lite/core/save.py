@@ -15,7 +15,7 @@ from ..contract.adapter import Adapter
 from ..errors import LoraLiteError, LoraLiteWarning, some
 from ..mathematics.maps import is_finite
 from ..sites.model import unwrapped
-from ..sites.sharded import is_sharded, on_first_process, whole
+from ..sites.sharded import is_sharded, on_first_process, refuse_fsdp1, whole
 from . import finding
 from .checkpoint import FORMAT, VERSION, checksum, serialized, write_atomically
 from .fingerprint import digest, fingerprint
@@ -33,6 +33,7 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
     the adapters: no file of ours holds it.
     """
     model = unwrapped(model)
+    refuse_fsdp1(model, "ll.save(model, path)")
     found = finding.present(model, name)
     finding.refuse_other_root(found)
     if merged := [f for f in found if f.adapter.original is not None]:

@@ -23,7 +23,7 @@ def lanczos(times: Callable[[Tensor], Tensor], like: Tensor, r: int, residual: f
     if most + b > n:
         return
     Q, T = like.new_empty(most + b, n), like.new_zeros(most + b, most + b)  # vectors are rows: products are fastest so
-    start = torch.randn(n, b, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
+    start = torch.randn(n, b, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32).to(like)
     Q[:b] = torch.linalg.qr(start).Q.T
     check = min(most, max(3 * b, int(5 * n**0.5)))  # what a random matrix needs, the hardest there is
     earlier = (0, 1.0)

@@ -1,11 +1,17 @@
 """The one way to read the weight of a Linear-like layer; quantised.py knows packed ones."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import LoraLiteError
+from .offloaded import present
 from .quantised import dequantised, is_packed
 
 Layer = nn.Linear
@@ -21,23 +27,80 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or is_conv1d(layer)
 
 
+INPUTS = ("input", "x", "hidden_states", "inputs", "input_", "hidden", "features")
+"""What a Linear-like layer may call its activation; where several arguments could be it, the first of these is."""
+
+
+@functools.lru_cache(maxsize=256)
+def place_of_input(forward: Callable[..., Any]) -> tuple[int, str]:
+    """(position, name) of the activation among the arguments of a layer's forward, `self` aside."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind in kinds][1:]
+    known = [name for name in INPUTS if name in names]
+    name = known[0] if known else (names or ["input"])[0]
+    return (names.index(name) if name in names else 0), name
+
+
+def by_keyword(layer: nn.Module, name: str, kwargs: dict[str, Any]) -> str:
+    """The keyword under which this call gives the activation. Raises LoraLiteError where none can be it."""
+    if name in kwargs:
+        return name
+    if len(kwargs) == 1:  # a forward(*args, **kwargs) that hands on to another
+        return next(iter(kwargs))
+    raise LoraLiteError(
+        f"A call of {type(layer).__name__} gives no {name!r}.",
+        expected="The activation as the forward names it, or the only argument.",
+        found=f"Keywords: {', '.join(kwargs) or 'none'}.",
+        fix=f"layer({name}=x)",
+    )
+
+
+def unfit(layer: nn.Module) -> str | None:
+    """Why no adapter can stand on this Linear-like layer; None where one can."""
+    weight = getattr(layer, "weight", None)
+    if weight is None or nn.parameter.is_lazy(weight):
+        return "it has no shape before its first call"
+    if weight.is_complex():
+        return "its weight is complex"
+    return None
+
+
+def refuse_unfit(layer: nn.Module, path: str = "") -> None:
+    """Raise LoraLiteError for a layer that is `unfit`."""
+    if reason := unfit(layer):
+        raise LoraLiteError(
+            f"{path or type(layer).__name__} takes no adapter: {reason}.",
+            expected="A matrix of real numbers.",
+            fix="model(batch)  # once, before ll.attach" if "first call" in reason else "exclude=(...)  # its name",
+        )
+
+
 def sizes(layer: Layer) -> tuple[int, int]:
-    """(d_in, d_out)."""
+    """(d_in, d_out). Raises LoraLiteError for a layer that is `unfit`."""
+    refuse_unfit(layer)
     if is_conv1d(layer):
         return layer.weight.shape[0], layer.weight.shape[1]
     return layer.in_features, layer.out_features
 
 
+def stands_for_another(weight: Tensor) -> bool:
+    """Whether it is torch's own stand-in for a plain tensor while a graph is recorded, as torch.export's."""
+    return type(weight).__module__.startswith("torch._subclasses.")
+
+
 def oriented_weight(layer: Layer) -> Tensor:
-    """The weight as (d_out, d_in), a view of the layer's own storage. Raises for packed and for sharded weights."""
-    weight = layer.weight
+    """The weight as (d_out, d_in), a view of the layer's own storage; a copy where that is offloaded.
+
+    Raises LoraLiteError for packed and for sharded weights.
+    """
+    weight: Any = present(layer, "weight")
     if hasattr(weight, "full_tensor"):
         raise LoraLiteError(
             f"The weight of {type(layer).__name__} is sharded over processes.",
             expected="Outside the layer's own forward a whole weight is there on a plain model only.",
             fix="ll.save(model, path); ll.load(plain_model, path); ll.merge(plain_model)",
         )
-    if is_packed(layer) or type(weight) not in (Tensor, nn.Parameter):
+    if is_packed(layer) or not (type(weight) in (Tensor, nn.Parameter) or stands_for_another(weight)):
         raise LoraLiteError(
             f"The weight of {type(layer).__name__} is stored as {type(weight).__name__} of {weight.dtype}.",
             expected="A weight of floating-point numbers is needed here.",
@@ -65,7 +128,10 @@ class Base:
 
     def __init__(self, layer: Layer):
         self.layer = layer
-        self.bias = layer.bias
+
+    @property
+    def bias(self) -> Tensor | None:
+        return present(self.layer, "bias")
 
     def __call__(self, z: Tensor) -> Tensor:
         if is_packed(self.layer):

@@ -122,12 +122,27 @@ def repacking(model: nn.Module) -> list[nn.Module]:
 
 def keep_trainable(model: nn.Module) -> list[RemovableHandle]:
     """Hooks `trainable_again` on every layer that may be repacked, adapted or not: gradients pass through all of them."""
-    return [layer.register_forward_pre_hook(trainable_again, with_kwargs=True) for layer in repacking(model)]
+    again = [layer.register_forward_pre_hook(trainable_again, with_kwargs=True) for layer in repacking(model)]
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
+    return again + [encoder.register_forward_pre_hook(dense_again, with_kwargs=True) for encoder in encoders]
+
+
+def dense_again(encoder: nn.TransformerEncoder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook: in eval mode torch packs a padded batch, since nothing of the frozen encoder needs a gradient, and its
+    attention then fails on what an adapter needs one for. An input that asks for a gradient keeps the batch as it is.
+    """
+    src = args[0] if args else kwargs.get("src")
+    if not torch.is_grad_enabled() or encoder.training or torch.compiler.is_compiling() or not isinstance(src, Tensor):
+        return None
+    if src.requires_grad or not src.is_floating_point():
+        return None
+    src = src.detach().requires_grad_()
+    return ((src, *args[1:]), kwargs) if args else (args, {**kwargs, "src": src})
 
 
 def trainable_again(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: before an input that asks for a gradient a repacked weight goes back, with the same dense numbers."""
-    x, weight = args[0] if args else next(iter(kwargs.values())), layer.weight
+    x, weight = args[0] if args else kwargs.get("x", next(iter(kwargs.values()))), layer.weight  # bitsandbytes calls it x
     if torch.is_grad_enabled() and x.requires_grad and repacked(weight):
         numbers, scales = blocks(weight)
         state = weight.quant_state

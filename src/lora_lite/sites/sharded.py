@@ -1,9 +1,15 @@
-"""Models whose parameters FSDP2 has spread over processes: their tensors are gathered one at a time, and one process writes."""
+"""Models whose parameters are spread over processes.
+
+Tensors of FSDP2 (fully_shard) are gathered one at a time, and one process writes. FSDP1 (FullyShardedDataParallel, accelerate's
+default) leaves flat pieces in the parameters' place, which nothing here can gather: it is refused.
+"""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from ..errors import LoraLiteError
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -12,7 +18,26 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+    """Whether a parameter of the module is spread over processes, by FSDP2 or FSDP1."""
+    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters()) or is_flat(module)
+
+
+def is_flat(module: nn.Module) -> bool:
+    """Whether FSDP1 keeps the module's parameters elsewhere: in the place of its matrices are flat pieces of one process."""
+    pieces = [parameter for parameter in module.parameters() if getattr(parameter, "_fsdp_flattened", False)]
+    return bool(pieces) and all(piece.ndim < 2 for piece in pieces)
+
+
+def refuse_fsdp1(model: nn.Module, call: str) -> None:
+    """Raise LoraLiteError where FSDP1 keeps parameters of this model. call: what was asked for, as code."""
+    if is_flat(model):
+        raise LoraLiteError(
+            "The model is sharded by FullyShardedDataParallel.",
+            expected="Whole tensors.",
+            found="Each process has flat pieces of them.",
+            fix="with torch.distributed.fsdp.FullyShardedDataParallel.summon_full_params(model, writeback=False):\n"
+            f"        {call}",
+        )
 
 
 def on_first_process(work: Callable[[], object]) -> None:
