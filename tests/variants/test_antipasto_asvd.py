@@ -112,6 +112,16 @@ def test_a_channel_without_data_stays_finite():
     assert error(adapter.U.T @ adapter.U, torch.eye(R)) < 1e-12
 
 
+def test_where_few_channels_have_data_the_silent_ones_choose_the_other_directions():
+    data = batches()
+    for batch in data:
+        batch["x"][..., 3:] = 0
+    _, W, adapter = oriented(data)
+    live = torch.linalg.qr(W[:, :3])[0]
+    rest = torch.linalg.svd(W[:, 3:] - live @ live.T @ W[:, 3:], full_matrices=False)[0][:, : R - 3]
+    assert error(projector(adapter.U), projector(torch.cat([live, rest], 1))) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

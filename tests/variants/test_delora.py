@@ -238,6 +238,25 @@ def test_trained_and_frozen_numbers(start, frozen):
     assert adapter.claims.rank(adapter.cfg) == (8 if start == "frozen_copy" else 4)
 
 
+def test_lambda_has_a_gradient_at_the_start_where_the_authors_code_has_none():
+    """Equation 9 freezes lambda0 in the subtracted term; the authors' code multiplies both terms by the trained lambda."""
+    model, adapter = adapted(ll.DeLoRAConfig(r=5, lambda0=8.0), size=0)
+    x, probe = toy.inputs(7, 24, dtype=torch.float64), toy.inputs(7, 32, dtype=torch.float64, seed=4)
+    (model(x) * probe).sum().backward()
+
+    def units(A, B):
+        return (B / B.norm(dim=0)) @ (A / A.norm(dim=1, keepdim=True)) * adapter.w / adapter.cfg.r
+
+    A, B, lam = adapter.A.detach(), adapter.B.detach(), torch.tensor(8.0, dtype=torch.float64, requires_grad=True)
+    for frozen, live in ((torch.tensor(8.0, dtype=torch.float64), True), (lam, False)):
+        lam.grad = None
+        change = lam * units(A, B) - frozen * units(adapter.A0, adapter.B0)
+        ((x @ change.T) * probe).sum().backward()
+        assert (lam.grad.abs() > 1e-3) == live
+        if live:
+            assert error(adapter.lam.grad[0], lam.grad) < T64
+
+
 def test_recommended_rate_and_defaults():
     cfg = ll.DeLoRAConfig()
     assert (cfg.r, cfg.lambda0, cfg.start, cfg.norm, cfg.lr, cfg.lr_lambda) == (16, 15.0, "frozen_copy", "column", 1e-3, None)

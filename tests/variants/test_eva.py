@@ -423,3 +423,19 @@ def test_config_is_narrow_enough_for_its_pattern():
         (rank,) = [r for p, r in handle.config.rank_pattern.items() if re.search(p, path)] or [4]
         assert rank == len(a.A)
     assert handle.config == dataclasses.replace(config(), rank_pattern=handle.config.rank_pattern)
+
+
+def test_the_first_step_of_adam_is_that_of_the_authors_scale():
+    """Their 5e-4 is published for alpha = 1; at this rate any other alpha is a step as many times theirs."""
+
+    def step(**fields):
+        model = toy.one(24, 32)
+        data = [toy.inputs(64, 24, seed=seed) for seed in range(3)]
+        ll.attach(model, ll.config("eva", rho=1.0, mask="none", **fields), data)
+        optimizer = torch.optim.AdamW(ll.param_groups(model))
+        model(toy.inputs(3, 24)).square().sum().backward()
+        optimizer.step()
+        return float(ll.delta_weight(model, "o_proj").norm())
+
+    assert step() == pytest.approx(step(alpha=1.0))
+    assert step(alpha=16.0) == pytest.approx(16 * step(), rel=1e-3)

@@ -94,7 +94,7 @@ def test_rank_of_the_change_is_the_square_of_r():
 
 
 def test_scale_is_alpha_over_r_or_over_its_root():
-    assert ll.LoHaConfig().s == 1.0
+    assert ll.LoHaConfig().s == 2.0
     for r in (FACTORED, DENSE):
         check_scale(ll.LoHaConfig(r=r))
 

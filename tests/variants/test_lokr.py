@@ -104,6 +104,8 @@ def test_factorisation_is_that_of_the_paper_up_to_the_root(factor):
 def test_factor_that_divides_is_taken_even_above_the_root():
     assert ll.LoKrConfig(factor=8).split(24) == (8, 3)
     assert ll.LoKrConfig(factor=8).split(25) == (5, 5)
+    factorization = pytest.importorskip("peft").tuners.lokr.layer.factorization
+    assert factorization(24, 8) == (8, 3)  # LyCORIS returns the smaller number first: (3, 8)
 
 
 def test_prime_widths_make_w1_a_number():

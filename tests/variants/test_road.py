@@ -1,5 +1,7 @@
 """RoAd against explicit 2 x 2 matrices in dense float64 and against PEFT."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -215,6 +217,33 @@ def test_trained_and_frozen_numbers(mode, numbers):
     for group_size in (None, 8):
         model, _ = adapted(ll.RoAdConfig(mode=mode, group_size=group_size))
         assert (ll.status(model).trainable, ll.status(model).frozen) == (numbers, 0)
+
+
+def partners(cfg, width):
+    """{output: the one that it is turned with}, both read off the weight change of a layer whose weight is the identity."""
+    model = toy.one(width, width, dtype=torch.float64)
+    toy.perturb(ll.attach(model, dataclasses.replace(cfg, dtype=torch.float64)), 1.0)
+    model.o_proj.weight.data = torch.eye(width, dtype=torch.float64)
+    reached = ll.delta_weight(model, "o_proj").abs().fill_diagonal_(0) > 1e-6
+    assert (reached.sum(1) == 1).all()
+    return dict(enumerate(reached.int().argmax(1).tolist()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_of_two_are_the_papers_pairs(mode):
+    """Equations 2 to 4: outputs 2i - 1 and 2i, counted from 1."""
+    assert partners(ll.RoAdConfig(mode=mode, group_size=2), 64) == {j: j + 1 - 2 * (j % 2) for j in range(64)}
+
+
+def test_default_pairs_are_those_of_peft_and_not_of_the_paper():
+    ours = partners(ll.RoAdConfig(), 128)
+    assert ours == {j: j + 32 if j % 64 < 32 else j - 32 for j in range(128)}
+    model = torch.nn.Sequential(torch.nn.Linear(128, 128, bias=False))
+    torch.nn.init.eye_(model[0].weight)
+    peft = pytest.importorskip("peft")
+    adapted_by_peft = peft.get_peft_model(model, peft.RoadConfig(target_modules=["0"], init_weights=False))
+    W = adapted_by_peft.merge_and_unload()[0].weight
+    assert torch.equal(W.detach().abs().fill_diagonal_(0).argmax(1), torch.tensor([ours[j] for j in range(128)]))
 
 
 def test_recommended_rate_and_defaults():

@@ -28,7 +28,7 @@ CONTRACT = {
     "forward": ["self", "x", "y", "base"],
     "forward_input": ["self", "x"],
 }
-CARD_FIELDS = ("paper", "code", "formula", "start", "coeff", "identity", "invariant", "cost", "differs")
+CARD_FIELDS = ("paper", "code", "formula", "start", "coeff", "identity", "invariant", "cost", "rate", "differs")
 T = TypeVar("T", bound=type[Adapter])
 
 sources: list[str] = []

@@ -11,6 +11,7 @@ coeff     1 removes D^T y whole where a = 1; below 0 the direction is added and 
 identity  exact where init_alpha = 0, else at coeff 0 only
 invariant for 0 <= c <= 1 no two outputs move apart; components of y outside span(U) stay; rank(W' - W) <= k
 cost      k (r + 1) trained, o r frozen; 2 o k multiply-adds per token (4 o k with gradient), o r k + o k^2 per call
+rate      5e-3, as antipasto: wassname/lora-lite, justfile; no run of this method is published. No scale
 differs   trained, one set per layer, in span(U); the paper extracts one direction for all layers without gradients.
           The reference starts at a = 0.05, has no wake term and spares the bias; its force_targets is roles=None
 """

@@ -10,6 +10,7 @@ identity  exact: M = 0 and ELU(0) = 0
 invariant components of y outside span(U) stay; factors of h_2 are positive, and at most 1 with suppress_only and c >= 0; the
           block has no bound: a unit change of M moves W by the strengths of the first directions
 cost      b^2 + r - b trained, o r frozen; 2 o r + b^2 + r multiply-adds per token; one eigendecomposition per layer at attach
+rate      5e-3, as antipasto: wassname/lora-lite, justfile; no run of this method is published. No scale
 differs   the reference multiplies singular values by I + c M and cuts U U^T W out of the stored weight: the same map. Its block
           is always on the first singular vectors; block_by="score", lr_block and data-driven bases are additions
 """

@@ -10,9 +10,11 @@ coeff     inside the ELU, with g: 0.5 halves small changes, -1 strengthens what 
 identity  exact: ELU(0) = 0
 invariant factors stay above 0; y changes inside span(U) alone; suppress_only and c >= 0: |y' - b| <= |y - b|
 cost      r trained, o r + r frozen; 2 o r + r multiply-adds per token; at attach i numbers and one decomposition per layer
+rate      5e-3, as antipasto: wassname/lora-lite, justfile; no run of this method is published. No scale
 differs   ASVD compresses: it cuts off what is outside the r directions, here that part stays. Its code sums the means of the
-          batches, which is the same U for batches of one length, and adds 1e-6 itself; other scalings of it (maximum, Fisher)
-          are left out. The reference project's scaling is asvd_stat="rms", asvd_alpha=1, and is not ASVD's
+          batches, which is the same U for batches of one length, adds 1e-6 itself, and calls the randomised torch.svd_lowrank;
+          other scalings of it (maximum, Fisher) are left out. The reference project's scaling is asvd_stat="rms", asvd_alpha=1,
+          and is not ASVD's
 """
 
 from ..contract import dataclass, register

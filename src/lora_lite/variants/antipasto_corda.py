@@ -12,6 +12,7 @@ coeff     multiplies g inside the ELU; -1 strengthens what 1 weakens, but is not
 identity  exact: ELU(0) = 0
 invariant factors are positive; components of y outside span(U) stay; suppress_only and c >= 0: |y' - b| <= |y - b|
 cost      r trained, o r + r frozen; 2 o r + r multiply-adds per token; at attach i^2 (i > o: o^2 or o i) numbers
+rate      5e-3, as antipasto: wassname/lora-lite, justfile; no run of this method is published. No scale
 differs   the paper starts LoRA's factors on W C. corda is the reference project's form, other directions than the printed ones:
           with damp = 0 no r directions lose less of E|y - b|^2. The reference's damping is absolute, and it cuts U U^T W out of
           the stored weight and inverts the root of C. suppress_only acts with a gradient that lets g return below 0

@@ -11,6 +11,7 @@ identity  exact: B = 0 and ELU(0) = 0
 invariant components of y outside span(U) stay; B A has rank k at most and moves W by O(1) per unit, whatever sigma is; with
           suppress_only the factors stay within 1 for c >= 0, the product has no bound
 cost      r + 2 r k trained, o r + r frozen; 2 o r + 2 r k + 2 r multiply-adds per token; one eigendecomposition at attach
+rate      5e-3, as antipasto: wassname/lora-lite, justfile; no run of this method is published. No scale
 differs   the reference cuts U U^T W out of the stored weight and keeps V; this is the same map. With a basis from data p is
           U^T W x in rows of unit length. There is no alpha / k: look for the learning rate again where k changes
 """

@@ -11,10 +11,10 @@ start     q = 0, g = 0
 coeff     turns by the angles 2 arctan(c t) where 2 arctan(t) are those at 1, in every factor, and scales g; -1 is the exact
           inverse of 1 for one factor without scale
 identity  exact: D_f - I is solved for, and is 0 at q = 0; g = 0
-invariant R is orthogonal with determinant 1 for every q and c, so without scale W' W'^T = W W^T; a row of R has at most
-          b 2^(m-1) entries other than 0
+invariant R is orthogonal, det R = 1, for every q and c, without scale W' W'^T = W W^T; at most b 2^(m-1) entries of a row not 0
 cost      m i (b-1)/2 trained (scale: + o), none frozen; m i b multiply-adds per token (+ o), m n solves of size b per call;
           a tensor of coefficients takes one pass per distinct value and factor; without gradients D_f is reused while it holds
+rate      1e-4: PEFT's method_comparison (MetaMathQA). No scale
 differs   the skew numbers alone are stored, PEFT stores full blocks D and uses (D^T - D)/2; the scale is off by default and
           stored as its deviation g; permutations are reshapes, not matrices; no dropout of blocks
 """

@@ -10,6 +10,7 @@ coeff     scales the update; -1 reverses it
 identity  exact: B A - B0 A0 = B dA + dB A0, and dA = dB = 0
 invariant rank(W' - W) <= 2r; s B0 A0 = U U^T W, whatever the split, alpha and the scale of the data
 cost      r (i + o) trained, as many frozen; 2 r (i + o) multiply-adds per token; at attach i^2 (i > o: o i or o^2) numbers
+rate      2e-5 at r = 128 with alpha = r: the authors' tools/train_CorDA.sh
 differs   the paper replaces W by W - B0 A0, we subtract the frozen product. Means are over tokens; call_norm: over calls, each
           divided by |max x|, as in PEFT, which also doubles damp for a poor inverse. "sqrt" and "balanced" are ours
 """

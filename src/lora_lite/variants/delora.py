@@ -10,8 +10,11 @@ coeff     scales the update; 0.5 halves it, -1 reverses it
 identity  exact: with lam/r inside B^, B^ A^ - B0^ A0^ = B^ (A^ - A0^) + (B^ - B0^) A0^, both brackets 0; zero_b: B = 0
 invariant |(W' - W) diag(1/w)|_F <= |c| (|lam| + |lam0|), zero_b: |c lam|; row and column lengths above 1e-4 do not matter
 cost      r (i + o) + 1 trained, r (i + o) + 1 + i frozen (zero_b: i); 2 r (i + o) multiply-adds per token (zero_b: half)
-differs   w is |W|_F in the paper, column norms in its code and PEFT (our default). zero_b is PEFT's start: the floor of 1e-4
-          makes B's first gradient 1e4 times too large, and the first step jumps to full strength. Nothing decays
+rate      1e-3 with lambda0 = 15: PEFT's method_comparison (MetaMathQA). The paper's Llama 2 (app. B) has lambda0 = 8, lr =
+          1e-2, lr_lambda = 5e-3
+differs   w is |W|_F in the paper, column norms in its code and PEFT (our default). lam0 is frozen as in eq. 9; the authors'
+          code takes the trained lam in both terms. zero_b is PEFT's start: the floor of 1e-4 makes B's first gradient 1e4 times
+          too large, and the first step jumps to full strength. Nothing decays
 """
 
 import torch

@@ -9,8 +9,8 @@ coeff     scales the update; 0.5 halves it, -1 reverses it
 identity  exact: B = 0
 invariant rank(W' - W) <= r_l, sum r_l = r L; at the start A A^T = I and E|x - E[x]|^2 off A's rows is the sum of the other q_k
 cost      r_l (i + o) trained, none frozen; r_l (i + o) multiply-adds per token; at attach i^2 (sketched: 4 rho r i) numbers
-differs   exact moments for the incremental SVD whose limit they are; A does not decay; s is the same in every layer with rslora
-          too, where PEFT's is sqrt(r_l / r) of it (adjust_alpha=False: alpha / r_l); a given rank_pattern stays; no whitening
+rate      5e-4 with alpha = 1 at r = 16: the authors' README and train.py, as PEFT's examples/eva_finetuning
+differs   exact moments, the limit of the codes' incremental SVD; A does not decay; s is the same in all layers with rslora too
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ class EVAConfig(AdapterConfig):
     """rho: 1 for equal ranks. center: take E[x] E[x]^T off. mask: labels drops label -100. max_moment_dim: C up to this i."""
 
     r: int = 16
-    alpha: float | None = 16.0
+    alpha: float | None = 1.0
     rho: float = 2.0
     adjust_alpha: bool = True
     center: bool = True

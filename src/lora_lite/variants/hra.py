@@ -11,6 +11,7 @@ identity  exact: d = 0, and the entries of M that join u to u are then exactly 0
 invariant Q is orthogonal with determinant 1 and rank(W' - W) <= r at every V; |x'| <= |x| for 0 <= c <= 1; lengths and signs
           of the rows of V have no influence
 cost      r i trained, none frozen; 2 r i multiply-adds per token, 2 r^2 i + r^3 per call, which without gradients is reused
+rate      1e-3: the authors' GLUE scripts, nlu/experiments/glue (8e-4 to 3e-3 by task). No scale
 differs   an odd r is refused, it cannot start at the base; no Gram-Schmidt mode, it breaks down where rows start equal; the
           paper's pull towards orthogonal rows is `penalty()`, for the training script to add to its loss
 """

@@ -8,6 +8,7 @@ coeff     scales g; 0.5 halves the change, -1 reverses it
 identity  exact: g = 0
 invariant W' = diag(1 + c g) W and b' = (1 + c g) * b: rows keep their direction, the bias is scaled like its row
 cost      o trained, none frozen; o multiply-adds per token
+rate      5e-3: PEFT's method_comparison (MetaMathQA); the paper (sec. 3.5) and its code 3e-3, with Adafactor. No scale
 differs   the paper trains l from 1; the deviation g is stored, so decay pulls to the base and low precision keeps small steps.
           The paper adapts keys and values here and the feed-forward part on its input: two adapters, each with its targets
 """

@@ -8,6 +8,7 @@ coeff     scales g; 0.5 halves the change, -1 reverses it
 identity  exact: g = 0
 invariant W' = W diag(1 + c g): columns keep their direction; the bias is untouched
 cost      i trained, none frozen; i multiply-adds per token
+rate      5e-3, as ia3: PEFT's method_comparison (MetaMathQA); the paper (sec. 3.5) 3e-3, with Adafactor. No scale
 differs   the paper trains l from 1; the deviation g is stored, so decay pulls to the base and low precision keeps small steps.
           The paper's place for it is the second feed-forward matrix alone: targets=("down_proj",) or ("fc2",)
 """

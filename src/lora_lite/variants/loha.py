@@ -12,6 +12,8 @@ identity  exact: w2_b = 0, so A = 0 and D = 0
 invariant rank(W' - W) <= r^2; the change does not depend on the bias
 cost      2 r (i + o) trained, none frozen; min(r^2 (i + o), i o) multiply-adds per token, and per call r^2 (i + o)
           multiplications for A and B or (2 r + 1) i o for D; backward keeps x, A and B, or x and what D is made of
+rate      1e-4 with alpha = 2 r: PEFT's method_comparison (MetaMathQA). LyCORIS's paper: up to 1e-3,
+          5e-4 in the middle, with alpha = r/2 from another start
 differs   start as in PEFT; LyCORIS draws Gaussians and zeroes w2_a. Both always form D. Linear layers only, no dropout of ranks
 """
 
@@ -25,7 +27,7 @@ from ..mathematics import add_lin, chain
 
 @dataclass(frozen=True, kw_only=True)
 class LoHaConfig(AdapterConfig):
-    alpha: float | None = 8.0
+    alpha: float | None = 16.0
 
 
 @register

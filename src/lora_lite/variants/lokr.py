@@ -12,8 +12,10 @@ identity  exact: one of w1, w2 is 0
 invariant rank(W' - W) = rank(w1) rank(w2); the change does not depend on the bias
 cost      n1 + n2 trained, the numbers stored for w1 and w2, none frozen; multiply-adds per token: i1 n2 + o2 n1 (w2 first) or
           i2 n1 + o1 n2 (w1 first), whichever is less; backward keeps x alone and computes what lies between anew
-differs   the Kronecker matrix is never formed. Where neither matrix is factored r acts through s alone, as in PEFT; LyCORIS
-          takes s = 1 there. Linear layers only, no dropout of ranks
+rate      3e-3 with alpha = 2 r: PEFT's method_comparison (MetaMathQA), factor 4. LyCORIS's paper: up to
+          1e-3, 5e-4 in the middle, with s = 1, factor 8, init="lycoris"
+differs   the Kronecker matrix is never formed. With neither matrix factored r acts through s alone, as in PEFT; LyCORIS takes s
+          = 1. A factor above the root stays, as in PEFT; LyCORIS swaps the two. Linear layers only, no dropout of ranks
 """
 
 from math import isqrt
@@ -29,7 +31,7 @@ from ..mathematics import chain
 class LoKrConfig(AdapterConfig):
     """factor: o1 and i1 where it divides o and i, else the largest divisor up to it and the root; -1: up to the root."""
 
-    alpha: float | None = 8.0
+    alpha: float | None = 16.0
     factor: int = -1
     decompose_both: bool = False
     init: Literal["peft", "lycoris"] = "peft"

@@ -10,6 +10,7 @@ coeff     scales the update; 0.5 halves it, -1 reverses it
 identity  exact: B = 0, or dA = dB = 0
 invariant rank(W' - W) <= r (orthogonal: 2r); the change does not depend on the bias
 cost      r (i + o) trained, none frozen (orthogonal: the same again); r (i + o) multiply-adds per token
+rate      1e-4 with alpha = 2 r: PEFT's method_comparison (MetaMathQA)
 differs   the paper draws A Gaussian, its code and PEFT kaiming (our default); there is no dropout
 """
 

@@ -12,6 +12,7 @@ invariant rank(W' - W) <= 2r; W is never written. From the start one step of pla
           up to terms in t^2, G_2r the best approximation of G of rank 2r. The start does not depend on the loss's scale
 cost      r (i + o) trained, as many frozen; 2 r (i + o) multiply-adds per token; at attach a backward pass per batch without
           weight gradients, o i numbers and one SVD per layer
+rate      2e-5 with r = 8, alpha = 16 and rslora: the paper's Llama 2 runs; its code's examples have r = 32, alpha = 8
 differs   paper and code replace W by W - s B0 A0, we subtract the frozen product. PEFT gives A0 no k and B0 the singular values
           of G besides, so that its start depends on the loss's scale: scale="peft_stable"
 """

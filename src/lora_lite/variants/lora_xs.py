@@ -9,8 +9,10 @@ coeff     scales the update; -1 reverses it
 identity  exact: R = 0
 invariant rank(W' - W) <= r; its columns lie in span(U), its rows in those of U^T W
 cost      r^2 trained, o r frozen; 2 o r + r^2 multiply-adds per token, where the paper's form takes r (i + o) + r^2
-differs   R starts at 0, not at a standard deviation of 1e-5: its gradient is there from the first step. The SVD is exact, in
-          one version of the code randomised. Other bases, rslora and include_bias (y in place of y - b) are additions
+rate      4e-3 at r = 64 with s = 1: the authors' scripts/run_math_tuning.sh and main_math_tuning.py
+differs   R starts at 0, not at a standard deviation of 1e-5: its gradient is there from the first step. The SVD is exact, the
+          code's scikit-learn's TruncatedSVD, randomised. Other bases, rslora and include_bias (y in place of y - b) are
+          additions
 """
 
 from ..contract import ParamSpec, Specs, dataclass, register

@@ -12,6 +12,7 @@ identity  exact: R_k - I is solved for, and is 0 at X_k = 0
 invariant R(c) is orthogonal with determinant 1 for every q and c, so W' W'^T = W W^T; blocks do not mix
 cost      i (b-1)/2 trained, none frozen; i b multiply-adds per token and n solves of size b per call; a tensor of coefficients
           takes one pass per distinct value; without gradients R is reused while it holds
+rate      1e-4: PEFT's method_comparison (MetaMathQA). No scale
 differs   the Cayley transform is solved exactly, not cut off as a series; sign of q as above, PEFT's exact branch has the other
           one; no bound on R (COFT), no blocks that share their numbers
 """

@@ -9,6 +9,7 @@ coeff     scales the update; 0.5 halves it, -1 reverses it
 identity  exact whatever the factors: B A - B0 A0 = B dA + dB A0 and dA = dB = 0
 invariant rank(W' - W) <= 2r; the base weight is never written; the change does not depend on the bias
 cost      r (i + o) trained, the same again frozen; 2 r (i + o) multiply-adds per token; at attach o r^2 + r o i per layer
+rate      3e-4 with alpha = r/2: PEFT's examples/olora_finetuning
 differs   the paper stores W - s B0 A0 in the base and trains A, B; here the frozen product is subtracted instead, and what is
           trained (and decays) is the deviation. As in the paper the start depends on the order of the input channels, and s
           does not enter it: with alpha other than r the part of W that moves is s B0 A0
@@ -23,6 +24,7 @@ from ..families.twin import Twin, TwinConfig
 
 @dataclass(frozen=True, kw_only=True)
 class OLoRAConfig(TwinConfig):
+    alpha: float | None = 8.0
     lr: float = 3e-4
 
 

@@ -8,6 +8,7 @@ coeff     scales the update; 0.5 halves it, -1 reverses it
 identity  exact however inaccurate the SVD: B A - B0 A0 = B dA + dB A0 and dA = dB = 0
 invariant rank(W' - W) <= 2r; the base weight is never written; the change does not depend on the bias
 cost      r (i + o) trained, the same again frozen; 2 r (i + o) multiply-adds per token; one SVD per layer at attach
+rate      2e-5 with alpha = r: PEFT's examples/pissa_finetuning, by the paper's authors
 differs   the paper stores W - s B0 A0 in the base and trains A, B; here the frozen product is subtracted instead, so the base
           stays W after detach, and what is trained (and decays) is the deviation. svd="fast" checks what is left
           of each singular triple, or takes the exact SVD with a warning; PEFT's fast SVD checks nothing

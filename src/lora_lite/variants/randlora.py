@@ -12,9 +12,12 @@ identity  exact: lam = 0
 invariant A and B never move; the change does not depend on the bias; its rank has no bound below p
 cost      n (r + p) trained per layer, p_max r + q_max n_max r frozen once; n r (i + o) multiply-adds per token, 1 to 2 times
           those of the layer itself, and 2 n r p per call; backward keeps one n r x p matrix per layer, in the dtype of x
+rate      1e-4 with s = 20: PEFT's method_comparison (MetaMathQA). The paper's language models (C.4): 1e-4 with s = 2/sqrt(n),
+          which is alpha = 2 r/sqrt(n) here
 differs   both published codes flatten diag(l_k) A diag(g_k) by (j, k) and B by (k, j), so that columns of B meet diagonals of
-          another basis; here they meet their own. lam = 0 as in PEFT, where the authors' vision code has gam = 0. No sparse
-          bases. save_shared=False leaves A and B out of the checkpoint: load draws them again and compares a hash
+          another basis; here they meet their own. lam = 0 as in PEFT and the authors' language-model code, their vision code
+          has gam = 0 and transposes square layers too. No sparse bases. save_shared=False leaves A and B out of the checkpoint:
+          load draws them again and compares a hash
 """
 
 from ..contract import Adapter, AdapterConfig, ParamSpec, Specs, dataclass, register

@@ -1,7 +1,7 @@
 """RoAd: outputs in pairs, every pair turned by an angle and stretched.
 
-paper     Liao, Monz 2024, arXiv:2409.00119, eq. 4
-code      BaohaoLiao/road; huggingface/peft, tuners/road
+paper     Liao, Monz 2024, arXiv:2409.00119, eq. 2 to 4, which pair outputs 2i-1 and 2i: group_size=2
+code      huggingface/peft, tuners/road; none by the authors is known
 formula   y' = R y, bias included; on a pair (p, q) of outputs, with theta_c = c theta and alpha_c = 1 + c a, c = coeff,
           R = [[alpha_p cos theta_p, -alpha_p sin theta_p], [alpha_q sin theta_q, alpha_q cos theta_q]].
           Outputs come in n groups of g = 2h; output j of a group's first half is paired with output j of its second half.
@@ -12,8 +12,10 @@ coeff     scales angle and stretch; 0.5 turns half as far, -1 turns back (for ro
 identity  exact: theta = a = 0 gives alpha cos theta - 1 = alpha sin theta = 0
 invariant pairs do not mix; road_1: R^T R = alpha^2 I on every pair, so lengths stay where a = 0
 cost      o (road_1), 2o (road_2) or 4o (road_4) trained, none frozen; 2o multiply-adds per token, sines of 2o numbers per call
+rate      1e-3: PEFT's method_comparison (MetaMathQA) and documentation; the paper's LLaMA (C.2) 3e-3, its GLUE 1e-3 and 3e-3.
+          No scale
 differs   the paper trains alpha from 1; the deviation a is stored, so decay pulls to the base. group_size fits every layer by
-          default, where PEFT's 64 is refused by other widths
+          default, with PEFT's pairs where its 64 divides the width, and not the paper's
 """
 
 from einops import rearrange

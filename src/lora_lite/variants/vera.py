@@ -9,8 +9,9 @@ coeff     scales the update; 0.5 halves it, -1 reverses it
 identity  exact: b = 0
 invariant rank(W' - W) <= r; A and B never move; the change does not depend on the bias
 cost      o + r trained per layer, r (i_max + o_max) frozen once; r (i + o) + r + o multiply-adds per token
-differs   of the paper's Kaiming draws the uniform one, as in PEFT. A and B stand in the checkpoint; with save_shared=False
-          load draws them again from the seed, as the paper does, and refuses numbers whose hash is another
+rate      1e-3 at r = 256: PEFT's method_comparison (MetaMathQA); the paper (app. A) 4e-3 to 1e-1. No scale
+differs   of the paper's Kaiming draws the uniform one, as in PEFT. A and B stand in the checkpoint; with save_shared=False load
+          draws them again from the seed, as the paper does, and refuses numbers whose hash is another
 """
 
 import torch
