@@ -238,7 +238,7 @@ def test_objective_changes_the_training_and_is_logged(tiny):
 
 @pytest.mark.parametrize("name", ll.objectives.names())
 def test_every_objective_that_has_a_name_trains(name):
-    found = run(objective=name, steps=1, routes=())
+    found = run(objective=name, steps=1, size=2, lines=2, tasks=ABC[:2], routes=())
     terms = ll.objectives.parse(name).named
     assert all({"loss", *terms} == set(part) for part in found["training"])
     assert all(math.isfinite(value) for part in found["training"] for value in part.values())

@@ -242,6 +242,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.long  # two processes are held every day by test_in_two_processes, accelerate by test_engines.py
 def test_accelerate_launch_runs_the_benchmark_on_two_processes(tmp_path):
     """The command of the guide, with fewer steps: the scores of one process, written once."""
     page = (guide.GUIDE / "training.md").read_text()
