@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_lite as ll
-from lora_lite.calibration.calls import default_loss
+from lora_lite.calibration.losses import default_loss
 from lora_lite.calibration.measure import measure
 from lora_lite.calibration.statistics import parse, sketch_matrix
 from lora_lite.families.principal import allotted, principal, required
@@ -62,7 +62,7 @@ def qwen():
 
 
 def projections(model):
-    return ll.find_targets(model, ll.config("lora"))
+    return ll.find_targets(model, ll.config("lora", exclude=("lm_head",)))
 
 
 # --- equal to autograd's ----------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_gradient_of_a_transformer_equals_that_of_autograd(qwen, flag):
     labels[0, :5] = -100
     batch = {"input_ids": IDS, "attention_mask": PADDED, "labels": labels}
     paths = list(projections(qwen))
-    want = autograd(qwen, paths, lambda model: model(**batch).loss)
+    want = autograd(qwen, paths, lambda model: model(**batch).loss * int((labels[:, 1:] != -100).sum()))
     for p in qwen.parameters():
         p.requires_grad_(flag)
     got = measure(qwen, projections(qwen), ["wgrad"], [batch])["wgrad"]
@@ -302,7 +302,7 @@ def test_padding_on_the_left_predicts_nothing(qwen):
     for filler in (0, 63):
         batch = {"input_ids": IDS.masked_fill(left == 0, filler), "attention_mask": left}
         got.append(measure(qwen, projections(qwen), ["wgrad"], [batch])["wgrad"])
-    want = autograd(qwen, paths, lambda model: default_loss(model, batch))
+    want = autograd(qwen, paths, lambda model: default_loss(model, batch) * (11 + 7))
     for path in paths:
         assert relative(got[0][path], got[1][path]) < 1e-6
         assert relative(got[1][path], want[path]) < 2e-6
@@ -318,8 +318,8 @@ def test_labels_behind_padding_on_the_left_count_as_if_padding_predicted_nothing
     first[1, 4] = -100
     terms = [int((t[:, 1:] != -100).sum()) for t in (first, labels)]
     assert terms == [18, 19]
-    want = autograd(qwen, paths, lambda model: model(**{**batch, "labels": first}).loss * terms[0] / terms[1])
-    whole = autograd(qwen, paths, lambda model: model(**batch).loss)
+    want = autograd(qwen, paths, lambda model: model(**{**batch, "labels": first}).loss * terms[0])
+    whole = autograd(qwen, paths, lambda model: model(**batch).loss * terms[1])
     for path in paths:
         assert relative(got[path], want[path]) < 2e-6, path
     assert max(relative(got[path], whole[path]) for path in paths) > 0.02
@@ -556,14 +556,14 @@ def test_labels_that_do_not_fit_or_leave_nothing_are_refused():
     model, x = WithLabels(24, 32, True), toy.inputs(2, 12, 24)
     layer = {"o_proj": model.o_proj}
     with pytest.raises(ll.LoraLiteError, match=r"o_proj sees activations of shape \(2, 12, 24\).*labels of shape \(2, 11\)"):
-        measure(model, layer, ["n/labels"], [{"x": x, "labels": torch.zeros(2, 11)}])
+        measure(model, layer, ["n/labels"], [{"x": x, "labels": torch.zeros(2, 11, dtype=torch.long)}])
     with pytest.raises(ll.LoraLiteError, match=r"n/labels is 0 at o_proj.*label -100"):
         measure(model, layer, ["n/labels"], [{"x": x, "labels": torch.full((2, 12), -100)}])
     measure(model, layer, ["n"], [{"x": x, "labels": torch.zeros(2, 11)}])
 
 
 @pytest.mark.parametrize("samples", [2, 12], ids=["fewer than tokens", "as many as tokens"])
-def test_labels_of_samples_beside_an_attention_mask_are_in_the_way_of_label_positions_alone(samples):
+def test_labels_of_samples_drop_no_tokens(samples):
     """A classifier's batch: one label per row. As many rows as tokens must not be taken for labels of the tokens."""
     model, x = WithLabels(24, 32, True).double(), toy.inputs(samples, 12, 24, dtype=torch.float64)
     mask, labels = PADDED[1:].repeat(samples, 1), torch.arange(samples)
@@ -571,8 +571,7 @@ def test_labels_of_samples_beside_an_attention_mask_are_in_the_way_of_label_posi
     got = measure(model, layer, ["n", "x_sum", "wgrad"], [batch], lambda model, batch: model(**batch).square().sum())
     assert got["n"]["o_proj"] == 8 * samples
     assert error(got["x_sum"]["o_proj"], x[:, :8].sum((0, 1))) < EXACT
-    with pytest.raises(ll.LoraLiteError, match=rf"o_proj sees activations.*labels of shape \({samples},\)"):
-        measure(model, layer, ["n/labels"], [batch])
+    assert measure(model, layer, ["n/labels"], [batch])["n/labels"]["o_proj"] == 8 * samples
 
 
 def test_labels_of_the_tokens_in_another_shape_meet_the_padding():
@@ -749,7 +748,7 @@ def test_shares_are_allotted_largest_first_then_leading_then_in_order():
 
 
 def test_rank_zero_leaves_the_layer_out_of_targets_adapters_and_file(tmp_path):
-    cfg = ll.config("lora", r=4, targets=("q_proj", "o_proj"), rank_pattern={r"0\.q_proj": 0, r"1\.q_proj": 2})
+    cfg = ll.config("lora", r=4, targets=("q_proj", "o_proj"), rank_pattern={"blocks.0.q_proj": 0, "blocks.1.q_proj": 2})
     kept = ["blocks.0.o_proj", "blocks.1.q_proj", "blocks.1.o_proj"]
     model, fresh = toy.toy(), toy.toy()
     assert list(ll.find_targets(model, cfg)) == kept
@@ -758,12 +757,15 @@ def test_rank_zero_leaves_the_layer_out_of_targets_adapters_and_file(tmp_path):
     assert handle.skipped == {"blocks.0.q_proj": "rank 0"}
     handle.save(tmp_path / "a.safetensors")
     loaded = ll.load(fresh, tmp_path / "a.safetensors")
-    assert (loaded.skipped, list(loaded.layers), loaded.config) == (handle.skipped, kept, cfg)
+    assert set(loaded.skipped) >= set(handle.skipped)
+    assert (list(loaded.layers), loaded.config) == (kept, cfg)
     assert torch.equal(fresh(toy.inputs(3, 24)), model(toy.inputs(3, 24)))
 
 
 def test_cross_entropy_is_that_of_torch():
     """The default loss of logits without a mask, written with torch's own function."""
     logits = toy.inputs(2, 12, 64)
-    got = default_loss(lambda input_ids: SimpleNamespace(logits=logits), {"input_ids": IDS})
+    model = nn.Module()
+    model.forward = lambda input_ids: SimpleNamespace(logits=logits)
+    got = default_loss(model, {"input_ids": IDS})
     assert torch.equal(got, F.cross_entropy(logits[:, :-1].reshape(-1, 64), IDS[:, 1:].reshape(-1)))

@@ -62,7 +62,9 @@ class Block(torch.nn.Module):
 def test_layers_that_share_an_input_are_measured_together(monkeypatch):
     one_input_at_a_time(monkeypatch)
     seen = []
-    monkeypatch.setattr(passes, "measure", lambda m, layers, *rest: seen.append(list(layers)) or measure(m, layers, *rest))
+    monkeypatch.setattr(
+        passes, "measure", lambda m, layers, *rest, **kw: seen.append(list(layers)) or measure(m, layers, *rest, **kw)
+    )
     ll.attach(Block(), config("corda"), [torch.randn(30, 6, generator=torch.Generator().manual_seed(0))])
     assert seen == [["q_proj", "k_proj", "o_proj"], ["q_proj", "k_proj"], ["o_proj"]]
 
@@ -71,10 +73,10 @@ def test_sums_of_a_group_are_freed_before_the_next_group_is_measured(monkeypatch
     one_input_at_a_time(monkeypatch)
     model, alive, most = toy.toy(), [], []
 
-    def spied(*args):
+    def spied(*args, **kwargs):
         gc.collect()
         most.append(sum(ref() is not None for ref in alive))
-        sums = measure(*args)
+        sums = measure(*args, **kwargs)
         alive.extend(weakref.ref(tensor) for tensor in sums.get("x_moment|yx_moment", {}).values())
         return sums
 

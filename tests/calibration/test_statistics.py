@@ -10,8 +10,9 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite.calibration.calls import full_precision
+from lora_lite.calibration.enough import require_tokens
 from lora_lite.calibration.measure import measure
-from lora_lite.calibration.statistics import STATISTICS, Weights, parse, require_tokens
+from lora_lite.calibration.statistics import STATISTICS, Weights, parse
 from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 
@@ -57,6 +58,7 @@ def dense(statistic, calls):
         "x_sum": lambda: torch.einsum("ni->i", x),
         "x_moment": lambda: torch.einsum("ni,nj->ij", x, x),
         "y_sum": lambda: torch.einsum("no->o", y),
+        "y_sq": lambda: torch.einsum("no,no->o", y, y),
         "y_moment": lambda: torch.einsum("no,np->op", y, y),
         "yx_moment": lambda: torch.einsum("no,ni->oi", y, x),
     }[statistic]()
@@ -104,7 +106,7 @@ def test_shapes_are_those_of_the_table():
         "y_moment": (32, 32),
         "yx_moment": (32, 24),
     }
-    assert sizes["y_sum"] == (32,)
+    assert sizes["y_sum"] == sizes["y_sq"] == (32,)
 
 
 def test_moments_hold_without_bias_what_the_weight_makes_of_the_inputs():
@@ -383,7 +385,8 @@ def test_names_are_read_in_parts(name, parts):
 
 @pytest.mark.parametrize("name", [
         "y_summ", "y_sum/first", "y_sum:neutral", "y_sum:positive/last", "", "y_sum/last/call",
-        "wgrad/last", "x_sketch", "x_sketch[8]", "y_sum[8,8]",
+        "wgrad/last", "x_sketch", "x_sketch[8]", "y_sum[8,8]", "x_sketch[0.5,8]", "y_clip", "y_clip[2]", "y_clip[8,8]",
+        "norm/last", "terms/labels",
     ],
 )  # fmt: skip
 def test_unknown_statistic_is_refused(name):

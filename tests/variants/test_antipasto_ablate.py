@@ -405,7 +405,7 @@ def test_statistics_are_needed_only_where_the_seed_says_so():
     assert cls.needs(config()) == cls.needs(config(seed_direction="random")) == ()
     assert cls.needs(config(seed_direction="variance")) == ("y_moment",)
     assert set(cls.needs(config(seed_direction="contrast"))) == {
-        f"{name}/last:{label}" for name in ("y_sum", "n") for label in ("positive", "negative")
+        f"{name}/last:{label}" for name in ("y_sum", "n", "y_sq") for label in ("positive", "negative")
     }
     assert "y_moment" in cls.needs(config(seed_direction="contrast", k=2))
     assert "y_moment" in cls.wants(config())

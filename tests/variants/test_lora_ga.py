@@ -251,7 +251,7 @@ def test_trained_and_frozen_numbers():
 
 def test_only_what_the_scale_reads_is_measured():
     assert ll.get("lora_ga").needs(config()) == ("n", "wgrad")
-    assert ll.get("lora_ga").needs(config(scale="peft_stable")) == ("n", "wgrad", "calls")
+    assert ll.get("lora_ga").needs(config(scale="peft_stable")) == ("n", "wgrad", "terms")
 
 
 def test_errors_name_the_cause():

@@ -8,15 +8,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..sites.layer import Layer, sizes
-from .calls import Loss, ambient
-from .measure import measure
+from .calls import ambient
+from .losses import Loss
+from .measure import LACKING, measure
 from .statistics import Request, Stats, Weights, labelled, numbers, parse
 
 SHARE = 20  # sums may take this part of what the model takes
 LEAST = 2**29  # bytes that they may take beside any model
 
 
-def collect(model: nn.Module, layers: dict[str, Layer], wanted: Iterable[str], data: Any, loss_fn: Loss | None = None) -> Stats:
+def collect(
+    model: nn.Module,
+    layers: dict[str, Layer],
+    wanted: Iterable[str],
+    data: Any,
+    loss_fn: Loss | None = None,
+    *,
+    partly: bool = False,
+) -> Stats:
     """`measure`, so that no more than a twentieth of the model's bytes (at least 512 MiB, at least one input's layers) is held.
 
     Within that, or for data that can be read only once, one pass; else one that sees which layers share an input, and one
@@ -28,19 +37,25 @@ def collect(model: nn.Module, layers: dict[str, Layer], wanted: Iterable[str], d
     most = max(LEAST, sum(p.numel() * p.element_size() for p in model.parameters()) // SHARE)
     alone = sum(size_of(requests, [sizes(layer)]) for layer in layers.values())
     if alone <= most or any(isinstance(batches, Iterator) for batches in labelled(data).values()):
-        return measure(model, layers, wanted, data, loss_fn)
+        return measure(model, layers, wanted, data, loss_fn, partly=partly)
     inputs: dict[int, list[str]] = {}
-    for path, count in measure(model, layers, ("calls",), data)["calls"].items():
-        inputs.setdefault(id(count), []).append(path)  # one tensor for one input
+    tokens = [f"n{'/' * bool(r.position)}{r.position}{':' * bool(r.label)}{r.label or ''}" for r in requests]
+    first = measure(model, layers, dict.fromkeys(("calls", *(tokens if partly else ()))), data, partly=partly)
+    lacking: Any = first.get(LACKING, {})
+    for path, count in first["calls"].items():
+        if path not in lacking:
+            inputs.setdefault(id(count), []).append(path)  # one tensor for one input
     groups = grouped({tuple(paths): size_of(requests, [sizes(layers[p]) for p in paths]) for paths in inputs.values()}, most)
     autocast = ambient(next(iter(layers.values())).weight.device.type)
 
     def run(paths: tuple[str, ...]) -> Stats:
         with autocast:  # as where the first pass ran
-            return measure(model, {path: layers[path] for path in paths}, wanted, data, loss_fn)
+            return measure(model, {path: layers[path] for path in paths}, wanted, data, loss_fn, say=False)
 
     turns = Turns(groups, run)
-    return {**{name: Column(turns, name, layers) for name in wanted}, "weight": Weights(layers)}
+    met = [path for path in layers if path not in lacking]
+    columns = {name: Column(turns, name, met) for name in wanted}
+    return {**columns, "weight": Weights(layers), **({LACKING: lacking} if partly else {})}
 
 
 def size_of(requests: list[Request], shapes: list[tuple[int, int]]) -> int:

@@ -1,8 +1,8 @@
 """Recorder: adds up statistics over the calls of the layers; every call's share is added and forgotten."""
 
 import weakref
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,41 +12,46 @@ from ..errors import LoraLiteError, some
 from ..mathematics.spectrum import MOST_ROWS
 from ..sites.layer import Layer
 from .calls import full_precision
-from .statistics import Request, kept_rows
+from .enough import TooLittleData
+from .scopes import Scopes
+from .statistics import APART, Request
 
 
 class Recorder:
     """Adds up the requested statistics over the calls of the layers."""
 
-    def __init__(self, requests: dict[str, Request]):
-        self.requests = requests
+    def __init__(self, requests: dict[str, Request], scopes: Scopes, saw: Callable[[str, Tensor], None] | None = None):
+        self.requests, self.scopes = requests, scopes
+        self.saw = saw or (lambda path, y: None)  # told of every output
         self.sums: dict[str, dict[str, Tensor]] = {name: {} for name in requests}
         self.leaders: dict[str, str] = {}  # path -> the first layer that receives the same tensor
         self.wide: dict[str, str] = {}  # leader -> the first layer with its input that has i <= o
         self.holders: dict[str, str | None] = {}  # path -> that layer, None: there was none up to this one
         self.seen: Counter[str] = Counter()  # calls, with and without kept tokens
+        self.terms: defaultdict[str | None, float] = defaultdict(float)  # of the losses, by label
+        self.weight = 1.0  # of this batch's gradients
         self.label: str | None = None
         self.again = False  # calls are those of the backward pass, which checkpointing repeats
-        self.masks: dict[str, tuple[Tensor | None, str]] = {}
-        self.inputs: list[tuple[weakref.ref[Tensor], int, str]] = []  # of this batch: tensor, its version, path
+        self.idle = True  # between batches: calls are somebody else's
+        self.inputs: dict[tuple[int, int], tuple[weakref.ref[Tensor], str]] = {}  # of this batch, by id and version
 
     def begin(self, label: str | None, batch: Any) -> None:
         """The coming calls belong to this batch."""
-        fields = batch if isinstance(batch, Mapping) else {}
-        mask, labels = fields.get("attention_mask"), fields.get("labels")
-        self.label, self.inputs, self.again = label, [], False
-        self.masks = {"": (mask, "attention_mask"), "labels": (mask, "attention_mask")}
-        if isinstance(labels, Tensor):
-            counted = labels != -100
-            if mask is not None and mask.numel() == labels.numel():  # else of samples, or of a decoder's tokens
-                counted &= mask.bool().reshape(labels.shape)
-            self.masks["labels"] = counted, "labels"
+        self.label, self.inputs, self.again, self.idle = label, {}, False, False
+        self.scopes.begin(batch)
+
+    def weigh(self, terms: float) -> None:
+        """What comes is the backward pass of a mean over so many terms."""
+        self.weight, self.again = terms, True
+        self.terms[self.label] += terms
 
     def leader(self, path: str, x: Tensor) -> str:
         """The first layer of this batch that was given this very tensor. Raises where it was another one in earlier batches."""
-        version = 0 if x.is_inference() else x._version  # a tensor that was written to is another input
-        found = next((p for seen, before, p in self.inputs if seen() is x and before == version), path)
-        self.inputs.append((weakref.ref(x), version, path))
+        key = id(x), 0 if x.is_inference() else x._version  # a tensor that was written to is another input
+        seen, found = self.inputs.get(key, (lambda: None, path))
+        if seen() is not x:
+            found = path
+            self.inputs[key] = weakref.ref(x), path
         self.seen[path] += 1
         if self.leaders.setdefault(path, found) != found:
             raise unsteady(path, found if found != path else self.leaders[path])
@@ -54,16 +59,21 @@ class Recorder:
 
     def observe(self, path: str, layer: Layer, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         """Forward hook of one layer; for wgrad it returns the output that carries the gradient."""
+        if self.idle:
+            return None
         x = args[0] if args else next(iter(kwargs.values()))
+        self.saw(path, y)
         if not self.again:
             leader = self.leader(path, x)
             if x.shape[-1] <= y.shape[-1]:
                 self.wide.setdefault(leader, path)
             self.holders.setdefault(path, self.wide.get(leader))
-        kept: dict[str, tuple[Tensor, Tensor]] = {}
+        kept: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
         out = y
         for name, request in self.requests.items():
             request = self.at(path, request)
+            if request.statistic in APART and request.statistic != "wgrad":
+                continue
             if (request.label is not None and request.label != self.label) or self.holder(path, request) != path:
                 continue
             if self.again and request.value is not None:  # a gradient may come with the repeated call alone
@@ -72,9 +82,9 @@ class Recorder:
                 kept[request.position] = self.rows(path, layer, x, y, request.position)
             if request.value is not None:
                 with full_precision(x.device):
-                    self.add(name, path, request.value(*kept[request.position]))
+                    self.add(name, path, request.value(*kept[request.position][:2]))
             else:
-                out = self.with_gradient(name, path, kept[request.position][0], x.shape, out)
+                out = self.with_gradient(name, path, kept[request.position][0], kept[request.position][2], out)
         return None if out is y else out
 
     def at(self, path: str, request: Request) -> Request:
@@ -87,12 +97,12 @@ class Recorder:
             return path
         return (self.leaders[path] if request.narrow is None else self.holders[path]) or path
 
-    def rows(self, path: str, layer: Layer, x: Tensor, y: Tensor, position: str) -> tuple[Tensor, Tensor]:
-        """x and y - b of the tokens that count, (n, i) and (n, o), in float32 or better."""
-        mask, what = self.masks["labels" if position == "labels" else ""]
-        index = kept_rows(path, x.shape, mask, position == "last", what).to(x.device)
+    def rows(self, path: str, layer: Layer, x: Tensor, y: Tensor, position: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x and y - b of the tokens that count, (n, i) and (n, o), in float32 or better, and which those are (None: all)."""
+        index = self.scopes.index(path, x, position, self.again)
         wide = torch.promote_types(torch.float32, x.dtype)
-        kept, seen = (z.detach().reshape(-1, z.shape[-1])[index].to(wide) for z in (x, y))
+        kept, seen = (z.detach().reshape(-1, z.shape[-1]) for z in (x, y))
+        kept, seen = ((z if index is None else z[index]).to(wide) for z in (kept, seen))
         seen = seen if layer.bias is None else seen - layer.bias.detach().to(wide)
         unit = kept.max().abs() if position == "call" and len(kept) else 1
         kept, seen = kept / unit, seen / unit
@@ -102,16 +112,15 @@ class Recorder:
                 expected="Statistics need finite numbers.",
                 fix="model.float()  # or look for overflow in the batches",
             )
-        return kept, seen
+        return kept, seen, index
 
-    def with_gradient(self, name: str, path: str, kept: Tensor, shape: torch.Size, y: Tensor) -> Tensor:
+    def with_gradient(self, name: str, path: str, kept: Tensor, index: Tensor | None, y: Tensor) -> Tensor:
         """y as a tensor whose gradient d adds d^T x to the sum: no parameter needs a gradient for that."""
-        mask, what = self.masks[""]
-        index = kept_rows(path, shape, mask, what=what).to(y.device)
         start = y if y.requires_grad else y.detach().requires_grad_(True)
 
         def observe(delta: Tensor) -> None:
-            d = delta.reshape(-1, delta.shape[-1])[index].to(kept.dtype)
+            d = delta.reshape(-1, delta.shape[-1])
+            d = (d if index is None else d[index]).to(kept.dtype)
             if not d.isfinite().all():
                 raise LoraLiteError(
                     f"{path} has gradients that are not finite on calibration data.",
@@ -119,7 +128,7 @@ class Recorder:
                     fix="model.float()  # or look for overflow in the batches",
                 )
             with full_precision(d.device):
-                self.add(name, path, d.T @ kept)
+                self.add(name, path, d.T @ kept * self.weight)
 
         start.register_hook(observe)
         return start.clone()  # a model that writes into the output would take the hook off it
@@ -131,31 +140,47 @@ class Recorder:
         for rows, more in zip(sums[path].split(MOST_ROWS), value.split(MOST_ROWS)):
             rows.add_(more)  # torch makes a copy of the summand in float64
 
-    def totals(self, layers: dict[str, Layer]) -> dict[str, dict[str, Tensor]]:
-        """The sums of all layers, those that share an input with one tensor. Raises for layers without one."""
+    def totals(self, layers: dict[str, Layer]) -> tuple[dict[str, dict[str, Tensor]], list[TooLittleData]]:
+        """The sums of all layers, those that share an input with one tensor; and what to raise for layers without one."""
         for path, first in self.leaders.items():
             if self.seen[path] != self.seen[first]:
                 raise unsteady(path, first)
+        errors: list[TooLittleData] = []
         for name, request in self.requests.items():
             sums = self.sums[name]
+            if request.statistic == "terms":
+                count = float(sum(n for label, n in self.terms.items() if request.label in (None, label)))
+                sums.update({path: torch.tensor([count], dtype=torch.float64) for path in layers})
+            if request.statistic in APART and request.statistic != "wgrad":
+                continue
             held = {path: self.holder(path, self.at(path, request)) for path in self.leaders}
             sums.update({path: sums[first] for path, first in held.items() if first in sums})
             silent = request.statistic == "wgrad"
-            if unseen := [path for path in layers if path not in sums or (silent and not sums[path].any())]:
-                done = "had no part in the loss" if silent else "were never called"
-                raise LoraLiteError(
-                    f"{some(unseen)} {done} on the calibration data.",
-                    expected="An adapter acts when its layer is called; a layer that is not cannot be adapted.",
-                    fix=f"exclude=({unseen[0]!r},)",
-                )
+            unseen = [path for path in layers if path not in sums or (silent and not sums[path].any())]
+            if unseen:
+                errors.append(uncalled(unseen, "had no part in the loss" if silent else "were never called"))
             if request.statistic == "n" and (empty := [path for path, n in sums.items() if n.item() == 0]):
-                raise LoraLiteError(
-                    f"{name} is 0 at {empty[0]}: every token is padding"
-                    + (", or has label -100." if request.position == "labels" else "."),
-                    expected="At least one token that attention_mask keeps.",
-                    fix="attention_mask = input_ids != pad_token_id",
-                )
-        return self.sums
+                errors.append(without_tokens(name, empty, request.position))
+        return self.sums, errors
+
+
+def uncalled(paths: list[str], done: str) -> TooLittleData:
+    return TooLittleData(
+        dict.fromkeys(paths, f"{done} on the calibration data"),
+        called=False,
+        failed=f"{some(paths)} {done} on the calibration data.",
+        expected="An adapter acts when its layer is called; a layer that is not cannot be adapted.",
+        fix=f"exclude=({paths[0]!r},)",
+    )
+
+
+def without_tokens(name: str, paths: list[str], position: str) -> TooLittleData:
+    return TooLittleData(
+        dict.fromkeys(paths, "met padding alone"),
+        failed=f"{name} is 0 at {paths[0]}: every token is padding" + (", or has label -100." if position == "labels" else "."),
+        expected="At least one token that attention_mask keeps.",
+        fix="attention_mask = input_ids != pad_token_id",
+    )
 
 
 def unsteady(path: str, other: str) -> LoraLiteError:

@@ -12,21 +12,29 @@ A statistic is a sum over kept tokens, accumulated in float64 from float32 (or b
     y_sum      sum (y - b)                               (o,)
     y_moment   sum (y - b)(y - b)^T                      (o, o)
     yx_moment  sum (y - b) x^T                           (o, i)
+    y_sq       sum (y_j - b_j)^2                         (o,)
+    y_clip[q]  sum of y - b, each token's entries held within the q-th quantile of its |y_j - b_j|, q in [0, 1]   (o,)
     x_sketch[q,m]  x_moment times `sketch_matrix(i, q, m)`: x_moment itself for i up to m, (i, q) beyond
     wgrad      sum d x^T, d = dLoss/dy: the loss's gradient with respect to W, no parameter needing a gradient   (o, i)
+               Gradients of a mean loss count by the number of its terms (losses.py), so that they add up over tokens.
                A loss that counts what padding predicts, as the model's own does of labels behind padding on the left, is
                taken without that: padding's rows are left out, and no kept token sees them
+
+    terms      number of terms of those losses                          (1,)
+    norm       no sum: what a norm between the layer and the stream multiplies y by (norms.py)          (2, o), without one (0,)
 
     x_moment|yx_moment, x_moment|y_moment   the first for layers with i <= o and for those that share the input of such a layer,
                the second for the others: W and the first give the second, and layers that share an input hold it once
 
 `NAME/last` sums over the last kept token of each row only; `NAME/labels` over those whose label is not -100, where batches
-have labels; `NAME/call` after x and y - b of each call were divided by |max x|, so that calls count alike whatever their scale;
-`NAME:positive` and `NAME:negative` over the batches of that label, for data given as {"positive": batches, "negative":
-batches}. Example: "y_sum/last:positive". Layers that receive the same tensor hold one sum of their inputs together.
+have labels of their tokens; `NAME/call` after x and y - b of each call were divided by |max x|, so that calls count alike
+whatever their scale; `NAME:positive` and `NAME:negative` over the batches of that label, for data given as {"positive":
+batches, "negative": batches}. Example: "y_sum/last:positive". scopes.py says which tokens of a batch a layer sees. Layers that
+receive the same tensor hold one sum of their inputs together.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -47,12 +55,15 @@ STATISTICS: dict[str, Any] = {
     "x_sum": lambda x, y: x.sum(0),
     "x_moment": lambda x, y: x.T @ x,
     "y_sum": lambda x, y: y.sum(0),
+    "y_sq": lambda x, y: y.square().sum(0),
     "y_moment": lambda x, y: y.T @ y,
     "yx_moment": lambda x, y: y.T @ x,
 }
 
 
 EITHER = ("x_moment|yx_moment", "x_moment|y_moment")
+BACKWARD = ("wgrad", "terms")
+APART = (*BACKWARD, "norm")  # no sums of kept rows
 
 
 class Weights(Mapping[str, Tensor]):
@@ -89,7 +100,7 @@ class Request(NamedTuple):
 
 
 NAME = re.compile(
-    r"(?P<statistic>[\w|]+)(?:\[(?P<q>\d+),(?P<m>\d+)\])?(?:/(?P<position>last|labels|call))?(?::(?P<label>\w+))?"
+    r"(?P<statistic>[\w|]+)(?:\[(?P<q>\d+|0\.\d+)(?:,(?P<m>\d+))?\])?(?:/(?P<position>last|labels|call))?(?::(?P<label>\w+))?"
 )
 
 
@@ -98,12 +109,14 @@ def parse(name: str) -> Request:
     found = NAME.fullmatch(name)
     statistic, q, m, position, label = found.groups() if found else (name.partition("/")[0], None, None, None, None)
     known = statistic in (*STATISTICS, *EITHER) and q is None
-    known |= (statistic == "x_sketch" and q is not None) or (statistic == "wgrad" and q is None and position is None)
+    known |= statistic == "x_sketch" and m is not None and "." not in (q or ".")
+    known |= statistic == "y_clip" and q is not None and m is None and float(q) <= 1
+    known |= statistic in APART and q is None and position is None
     if found is None or not known or label not in (None, *LABELS):
         raise LoraLiteError(
             f"There is no statistic {name!r}.",
-            expected="<statistic>[/last|/labels|/call][:positive|:negative], and wgrad without a position.",
-            found=closest(statistic, (*STATISTICS, *EITHER, "x_sketch[q,m]", "wgrad")),
+            expected=f"<statistic>[/last|/labels|/call][:positive|:negative], and {', '.join(APART)} without a position.",
+            found=closest(statistic, (*STATISTICS, *EITHER, "x_sketch[q,m]", "y_clip[q]", *APART)),
         )
     if statistic in EITHER:
         wide, narrow = (parse(name.replace(statistic, part)) for part in statistic.split("|"))
@@ -111,12 +124,21 @@ def parse(name: str) -> Request:
     value = STATISTICS.get(statistic)
     if q is not None and m is not None:
         value = functools.partial(sketch, q=int(q), whole=int(m))
+    elif q is not None:
+        value = functools.partial(clipped, quantile=float(q))
     return Request(statistic, value, position or "", label, statistic in ("n", "calls") or statistic.startswith("x_"))
 
 
 def sketch(x: Tensor, y: Tensor, q: int, whole: int) -> Tensor:
     i = x.shape[1]
     return x.T @ (x if i <= max(whole, q) else x @ sketch_matrix(i, q, whole).to(x))
+
+
+def clipped(x: Tensor, y: Tensor, quantile: float) -> Tensor:
+    if not len(y):
+        return y.sum(0)
+    most = y.abs().kthvalue(max(1, math.ceil(quantile * y.shape[1])), dim=1, keepdim=True).values
+    return y.clamp(-most, most).sum(0)
 
 
 @functools.lru_cache(maxsize=8)
@@ -129,7 +151,7 @@ def sketch_matrix(i: int, q: int, whole: int) -> Tensor:
 
 def numbers(request: Request, i: int, o: int) -> int:
     """How many numbers the sum holds at a layer with i inputs and o outputs."""
-    if isinstance(request.value, functools.partial):
+    if request.statistic == "x_sketch" and isinstance(request.value, functools.partial):
         q, whole = request.value.keywords["q"], request.value.keywords["whole"]
         return i * (i if i <= max(whole, q) else q)
     products = {"x_moment": i * i, "y_moment": o * o, "yx_moment": o * i, "wgrad": o * i}
@@ -157,40 +179,3 @@ def labelled(data: Any) -> dict[str | None, Iterable[Any]]:
                 fix="calibration_data=[batch]",
             )
     return parts
-
-
-def kept_rows(path: str, shape: torch.Size, mask: Tensor | None, last: bool = False, what: str = "attention_mask") -> Tensor:
-    """Indices of the flattened tokens that count: those of the mask; with `last` the last of them in each row."""
-    tokens = shape[:-1].numel()
-    if mask is None:
-        mask = torch.ones(shape[:-1] if len(shape) > 2 else (tokens, 1), dtype=torch.bool)
-    elif mask.numel() != tokens or (mask.ndim == len(shape) - 1 and mask.shape != shape[:-1]):
-        raise LoraLiteError(
-            f"{path} sees activations of shape {tuple(shape)}.",
-            expected=f"{what} of shape {tuple(mask.shape)} must cover the same tokens.",
-            fix=f'exclude=("{path}",)  # or batches without {what}',
-        )
-    if not ((mask == 0) | (mask == 1)).all():
-        raise LoraLiteError(
-            "attention_mask holds other numbers than 0 and 1.",
-            expected="1 for tokens, 0 for padding.",
-            fix="attention_mask = input_ids != pad_token_id",
-        )
-    mask = mask.bool()
-    if last:
-        position = torch.arange(mask.shape[-1], device=mask.device)
-        final = torch.where(mask, position, -1).amax(-1, keepdim=True)
-        mask = mask & (position == final)
-    return mask.reshape(-1).nonzero()[:, 0]
-
-
-def require_tokens(stats: Stats, path: str, least: int, what: str, name: str = "n") -> float:
-    """The token count at `path`. Raises LoraLiteError where it is below `least`: the statistic would be of lower rank."""
-    n = float(stats[name][path])
-    if n < least:
-        raise LoraLiteError(
-            f"{path}: {int(n)} calibration tokens are too few.",
-            expected=f"At least {least} for {what}.",
-            fix="more batches in calibration_data, or a smaller r",
-        )
-    return n

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration.enough import TooLittleData, left_out
+from ..calibration.measure import LACKING
 from ..calibration.passes import collect
 from ..calibration.statistics import LABELS, Stats, Weights
 from ..contract import shared
@@ -15,7 +17,7 @@ from ..contract.config import AdapterConfig
 from ..contract.pattern import exactly
 from ..contract.registry import variant_of
 from ..contract.spec import seeded
-from ..errors import LoraLiteError, LoraLiteWarning
+from ..errors import LoraLiteError, LoraLiteWarning, some
 from ..sites.layer import Layer, dense_weight
 from ..sites.model import block_index, block_lists, unwrapped
 from ..sites.obstacles import expert_parameters
@@ -24,7 +26,8 @@ from . import finding, runtime
 from .coverage import coverage
 from .handle import Attached
 from .install import build_all, install, planned, refuse_aliased, refuse_name, refuse_non_finite, refuse_unready
-from .selection import reasons, select
+from .repairs import reasons
+from .selection import select
 
 
 def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *, name: str = "default") -> Attached:
@@ -55,17 +58,35 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
     targets = {path: selection.chosen[path] for path in plan.configs}
     adapters = build_all(cls, targets, plan.configs)
     with runtime.disabled(model):
-        stats = collect(model, targets, wanted, calibration_data, loss_fn) if wanted else {"weight": Weights(targets)}
-        ranked = with_ranks(cls, cfg, adapters, stats)
-        if ranked is not cfg:
-            cfg, selection = ranked, select(model, ranked)
-            plan = planned(cls, selection.chosen, cfg)
-            targets = {path: selection.chosen[path] for path in plan.configs}
-            adapters = build_all(cls, targets, plan.configs)
-        fill(cls, cfg, targets, adapters, stats, name)
+        stats: Stats = {"weight": Weights(targets)}
+        if wanted:
+            stats = collect(model, targets, wanted, calibration_data, loss_fn, partly=True)
+        lacking: dict[str, TooLittleData] = dict(stats.get(LACKING, {}))  # type: ignore[arg-type]
+        given, measured = cfg, targets
+        while True:
+            spared = left_out(lacking, measured, given.targets == "all-linear")
+            try:
+                if spared:
+                    targets, adapters = rest(cls, targets, plan.configs, spared)
+                ranked = with_ranks(cls, given, adapters, stats)
+                if ranked is not given:
+                    cfg, selection = ranked, select(model, ranked)
+                    plan = planned(cls, selection.chosen, cfg)
+                    targets, adapters = rest(cls, selection.chosen, plan.configs, spared)
+                fill(cls, cfg, targets, adapters, stats, name)
+                break
+            except TooLittleData as error:  # of some layers; the others start without them
+                lacking |= dict.fromkeys(error.lacking, error)
+    if spared:
+        warnings.warn(
+            f"{len(spared)} layers are left out, the calibration data says too little of them: "
+            f"{some(f'{path} ({reason})' for path, reason in spared.items())}. More batches reach more of them.",
+            LoraLiteWarning,
+            stacklevel=2,
+        )
     refuse_non_finite(adapters)
     refuse_aliased(adapters)
-    skipped = selection.skipped | plan.unlawful
+    skipped = selection.skipped | plan.unlawful | spared
     install(model, targets, adapters, name, cfg, skipped=skipped)
     warn_unreached(model, targets)
     return Attached(model, name, cfg, adapters, skipped, plan.lowered)
@@ -86,6 +107,14 @@ def warn_unreached(model: nn.Module, targets: dict[str, Layer]) -> None:
             LoraLiteWarning,
             stacklevel=3,
         )
+
+
+def rest(
+    cls: type[Adapter], layers: dict[str, Layer], configs: dict[str, AdapterConfig], spared: dict[str, str]
+) -> tuple[dict[str, Layer], dict[str, Adapter]]:
+    """The layers that have a config and are not spared, and unfilled adapters for them."""
+    kept = {path: config for path, config in configs.items() if path in layers and path not in spared}
+    return {path: layers[path] for path in kept}, build_all(cls, layers, kept)
 
 
 @torch.no_grad()

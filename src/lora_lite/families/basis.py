@@ -6,9 +6,15 @@ asvd        of W diag(q), q a mean size of each input channel
 select      those left singular vectors of W that score best on the data, in descending order of singular values
 """
 
-from ..calibration.statistics import EITHER, LABELS, Stats, require_tokens
+import warnings
+from collections.abc import Iterable
+
+import torch
+
+from ..calibration.enough import TooLittleData, require_tokens
+from ..calibration.statistics import EITHER, LABELS, Stats
 from ..contract.annotations import Any, Float, Tensor
-from ..errors import LoraLiteError
+from ..errors import LoraLiteWarning, some
 from ..mathematics.spectrum import left_svd
 from .orientation import oriented_left_svd, required
 
@@ -58,17 +64,18 @@ def capture(stats: Stats, path: str, W: Float[Tensor, "o i"], U: Float[Tensor, "
     if name is None:
         return None
     M, P = stats[name][path].to(W), U.T @ W
-    if M.shape == (W.shape[1], W.shape[1]) and name != "y_moment":  # sum x x^T
+    if name == "y_moment" or M.shape not in (W.shape, (W.shape[1], W.shape[1])):  # sum (y - b)(y - b)^T
+        return float(((M @ U) * U).sum() / M.trace())
+    if M.shape == (W.shape[1], W.shape[1]):  # sum x x^T, also of a square layer
         return float(((P @ M) * P).sum() / ((W @ M) * W).sum())
-    if M.shape == W.shape:  # sum (y - b) x^T
-        return float(((U.T @ M) * P).sum() / (M * W).sum())
-    return float(((M @ U) * U).sum() / M.trace())
+    return float(((U.T @ M) * P).sum() / (M * W).sum())  # sum (y - b) x^T
 
 
 def contrast_names(cfg: Any) -> tuple[str, ...]:
     """The statistics of the two classes' mean outputs."""
     at = "/last" if cfg.positions == "last" else ""
-    return tuple(f"{sum_}{at}:{label}" for sum_ in ("y_sum", "n") for label in LABELS)
+    sum_ = "y_sum" if cfg.winsorize == 1 else f"y_clip[{cfg.winsorize:g}]"
+    return tuple(f"{name}{at}:{label}" for name in (sum_, "n", "y_sq") for label in LABELS)
 
 
 def has_contrast(cfg: Any, stats: Stats) -> bool:
@@ -76,9 +83,51 @@ def has_contrast(cfg: Any, stats: Stats) -> bool:
 
 
 def contrast(cfg: Any, stats: Stats, path: str, like: Tensor) -> Float[Tensor, " o"]:
-    """m / |m|, m the mean output on positive minus that on negative data, where the bias cancels."""
-    positive, negative, n_positive, n_negative = (stats[name][path] for name in contrast_names(cfg))
-    m = (positive / n_positive - negative / n_negative).to(like)
-    if not m.any():
-        raise LoraLiteError(f"{path}: the mean outputs on positive and negative data are equal.", expected="Two classes.")
+    """m / |m|, m the mean output on positive minus that on negative data, where the bias cancels.
+
+    Raises TooLittleData where m is no more than the rounding of its means.
+    """
+    m, size = difference(cfg, stats, path)
+    standard = torch.where(size > 0, m / size.clamp(min=torch.finfo(size.dtype).tiny), 0.0)
+    if float(standard.square().mean().sqrt()) <= rounding(stats, path):
+        raise TooLittleData(
+            {path: "equal mean outputs on positive and negative data"},
+            failed=f"{path}: the mean outputs on positive and negative data are equal up to rounding.",
+            expected="Two classes.",
+            fix='calibration_data={"positive": batches, "negative": batches_of_another_class}',
+        )
+    m = m.to(like)
     return m / m.norm()
+
+
+def difference(cfg: Any, stats: Stats, path: str) -> tuple[Float[Tensor, " o"], Float[Tensor, " o"]]:
+    """m and the root mean square of each channel, in float64."""
+    positive, negative, n_positive, n_negative, *squares = (stats[name][path] for name in contrast_names(cfg))
+    size = ((squares[0] / n_positive + squares[1] / n_negative) / 2).sqrt()
+    return positive / n_positive - negative / n_negative, size
+
+
+def rounding(stats: Stats, path: str) -> float:
+    """How far equal means may lie apart, of a channel's root mean square: other batches give other roundings on the way."""
+    layers = getattr(stats.get("weight"), "layers", {})
+    dtype = layers[path].weight.dtype if path in layers else torch.float32
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        dtype = torch.bfloat16  # packed weights
+    return 16 * torch.finfo(dtype).eps if dtype.itemsize >= 4 else torch.finfo(dtype).eps
+
+
+def warn_of_massive_channels(cfg: Any, stats: Stats, paths: Iterable[str]) -> None:
+    """Warn once of layers where one channel of outstanding size holds most of m."""
+    found = []
+    for path in paths:
+        m, size = difference(cfg, stats, path)
+        j = int(m.abs().argmax())
+        if len(m) >= 8 and m[j].square() > 0.5 * m.square().sum() and size[j] > 10 * size.median():
+            found.append(f"{path} (channel {j}, {float(size[j] / size.median()):.0f} times the median size)")
+    if found:
+        warnings.warn(
+            f"One massive channel holds most of the contrast at {some(found)}: it may have little to do with the classes. "
+            "winsorize=0.95 in the config holds each token's entries within the 95 % quantile of their size.",
+            LoraLiteWarning,
+            stacklevel=2,
+        )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..calibration.enough import require_rank, resolved
 from ..calibration.statistics import Stats
 from ..mathematics.spectrum import congruent, gram, left_svd, top_eigenvectors
 
@@ -61,10 +62,13 @@ def oriented_left_svd(
         M.diagonal().add_(delta)
     if metric == "full":
         U, S = left_svd(W.to(M) @ M if inputs else M.add_(W, alpha=delta), r, smallest=smallest)
+        if not smallest:
+            require_rank(rank_of(W, U, M, delta + float(trace / n) / i), path, r, "r directions")
         return U.to(W), S.to(W)
     if not smallest and o > i:
         U, S = left_svd(W @ root(stats, moment, path, M, delta).to(W), r)  # precise as above
         if S[-1] > 1e-6 * S[0]:
+            require_rank(rank_of(W, U, M), path, r, "r directions")
             return U, S
     wide = W.double()
     if o <= i:
@@ -73,7 +77,24 @@ def oriented_left_svd(
         Q = torch.linalg.qr(wide).Q  # stay in the column space of W: there is nothing beside it, but that too is orthogonal
         V, S = rooted(congruent(Q.T @ wide, M), r, smallest)
         U = Q @ V
+    if not smallest:
+        if not inputs:
+            M = M + delta * gram(W, M.dtype)
+        require_rank(rank_of(W, U, M), path, r, "r directions")
     return U.to(W), S.to(W)
+
+
+def rank_of(W: Tensor, U: Tensor, M: Tensor, mean: float = 0.0) -> int:
+    """How many columns of U (o, r) stand out from rounding in M: C (i, i), G (o, o), or K (o, i) with C_jj about `mean`."""
+    U = U.to(M)
+    P = U.T @ W.to(M)
+    if M.shape == (W.shape[1], W.shape[1]):
+        energy, noise = ((P @ M) * P).sum(1), P.square() @ M.diagonal()
+    elif M.shape == W.shape:
+        energy, noise = ((U.T @ M) * P).sum(1), P.square().sum(1) * mean
+    else:
+        energy, noise = ((M @ U) * U).sum(0), U.square().T @ M.diagonal()
+    return resolved(energy, noise, W.shape[1], W.dtype)
 
 
 def rooted(G: Tensor, r: int, smallest: bool) -> tuple[Tensor, Tensor]:

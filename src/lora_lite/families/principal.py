@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..calibration.statistics import Stats, require_tokens, sketch_matrix
+from ..calibration.enough import require_tokens, resolved
+from ..calibration.statistics import Stats, sketch_matrix
 from ..mathematics.spectrum import nystrom, top_eigenvectors
 
 
@@ -31,7 +32,7 @@ def principal(names: tuple[str, ...], stats: Stats, path: str, count: int, cente
     names   what `required` gave
     center  False: C = E[x x^T]
     What was decomposed stays beside the sums: for layers that share an input, and for `group_init` after `ranks`.
-    Shares of a sketch are lower bounds, far ones where the variances hardly fall.
+    Shares of a sketch are lower bounds, far ones where the variances hardly fall; from the rank of the data on they are 0.
     Raises LoraLiteError for fewer tokens than directions.
     """
     n = require_tokens(stats, path, count, f"{count} principal directions", names[0])
@@ -41,9 +42,12 @@ def principal(names: tuple[str, ...], stats: Stats, path: str, count: int, cente
         mean = total / n if center else torch.zeros_like(total)
         if S.shape[0] == S.shape[1]:
             V, values = top_eigenvectors(S / n - torch.outer(mean, mean), count)
+            noise, width = V.square().T @ S.diagonal() / n, len(S)
         else:
             Omega = sketch_matrix(*S.shape, 0).to(S)
             V, values = nystrom(S / n - torch.outer(mean, mean @ Omega), Omega)
+            noise, width = (trace / n / len(S)).expand(len(values)), (4 * len(S)) ** 2  # rounding of a sketch comes back larger
+        values = torch.where(torch.arange(len(values), device=S.device) < resolved(values, noise, width), values, 0.0)
         variance = float(trace / n - mean @ mean)
         floor = 1e-6 * float(trace / n) or 1.0  # a constant input has no variance beyond the rounding of its sums
         known[S] = V[:, :count].clone(), values[:count].clamp(min=0) / max(variance, floor)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..calibration.norms import at_layer, in_stream
 from ..calibration.statistics import Stats
 from ..contract import ParamSpec, Specs, dataclass
 from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
@@ -17,7 +18,8 @@ class SeededConfig(SubspaceConfig):
     """For methods that train k directions of the subspace.
 
     k               number of directions, at most r
-    seed_direction  contrast: the first is m, the difference of the two classes' mean outputs; variance: those of the largest
+    seed_direction  contrast: the first is m, the difference of the two classes' mean outputs; where a norm follows on the layer
+                    (calibration/norms.py), L^T L m: what takes L m off what the norm gives on; variance: those of the largest
                     mean square of y - b, which is also where the ones behind m come from; random;
                     auto: the first of these that the calibration data allows
     add_contrast    where m is the seed, the basis starts with it and drops its own last column: m lies in span(U)
@@ -35,7 +37,7 @@ class SeededConfig(SubspaceConfig):
             self.refuse("add_contrast", False, f"True with seed_direction={self.seed_direction!r}: nothing would use it")
 
     def uses(self) -> dict[str, bool]:
-        return {**super().uses(), "positions": True}
+        return {**super().uses(), "positions": True, "winsorize": True}
 
 
 class SeededSubspace(OutputSubspace):
@@ -55,12 +57,14 @@ class SeededSubspace(OutputSubspace):
 
     @staticmethod
     def wants(cfg: Any) -> tuple[str, ...]:
-        return (*contrast_names(cfg), "y_moment")
+        return (*contrast_names(cfg), "y_moment", "norm")
 
     def orient(self, path: str, stats: Stats, W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> None:
         first, seed = None, self.cfg.seed_direction
         if seed in ("auto", "contrast") and has_contrast(self.cfg, stats):
             m = contrast(self.cfg, stats, path, U)
+            if "norm" in stats and len(norm := stats["norm"][path]):
+                m = at_layer(in_stream(m, norm), norm)
             U = orth(torch.cat([m[:, None], U[:, :-1]], dim=1)) if self.cfg.add_contrast else U
             first = U.T @ m
         super().orient(path, stats, W, U)

@@ -19,7 +19,7 @@ from ..contract.spec import uniform, zeros
 from ..errors import LoraLiteError
 from ..mathematics.maps import box, lin, without_bias
 from ..mathematics.rotations import bounded, cayley_shift, skew, softened
-from .basis import basis, capture, contrast, has_contrast, needed
+from .basis import basis, capture, contrast, has_contrast, needed, warn_of_massive_channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,8 @@ class SubspaceConfig(OutputConfig):
     asvd_stat     abs_mean as above, or rms: the root of mean x_j^2 instead
     select_score  rms of u_k^T (y - b), or contrast: |u_k^T m|, m the difference of the two classes' mean outputs
     positions     tokens that m averages over: the last of each row, or all
+    winsorize     below 1, for m: each token's y - b is held within this quantile of its own |y_j - b_j|, so that channels of
+                  outstanding size do not take m over
     """
 
     basis: Literal["svd", "corda", "corda_full", "asvd", "select"] = "svd"
@@ -55,6 +57,7 @@ class SubspaceConfig(OutputConfig):
     asvd_stat: Literal["abs_mean", "rms"] = "abs_mean"
     select_score: Literal["rms", "contrast"] = "rms"
     positions: Literal["last", "all"] = "last"
+    winsorize: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,14 +65,17 @@ class SubspaceConfig(OutputConfig):
             default = type(self).__dataclass_fields__[name].default
             if not used and getattr(self, name) != default:
                 self.refuse(name, getattr(self, name), f"{default!r} with the other options given: nothing would use it")
+        if not 0.5 <= self.winsorize <= 1:
+            self.refuse("winsorize", self.winsorize, "a quantile from 0.5 to 1")
         if self.damp < 0 or self.asvd_alpha < 0:
             self.refuse("damp or asvd_alpha", min(self.damp, self.asvd_alpha), "0 or more")
 
     def uses(self) -> dict[str, bool]:
         """Which of the options that belong to one basis have an effect."""
         asvd, select = self.basis == "asvd", self.basis == "select"
-        damp, positions = self.basis in ("corda", "corda_full"), select and self.select_score == "contrast"
-        return {"damp": damp, "asvd_alpha": asvd, "asvd_stat": asvd, "select_score": select, "positions": positions}
+        damp, means = self.basis in ("corda", "corda_full"), select and self.select_score == "contrast"
+        of_means = {"positions": means, "winsorize": means}
+        return {"damp": damp, "asvd_alpha": asvd, "asvd_stat": asvd, "select_score": select, **of_means}
 
 
 class OutputSubspace(Adapter):
@@ -110,6 +116,8 @@ class OutputSubspace(Adapter):
         for path, adapter in adapters.items():
             W = stats["weight"][path]
             adapter.orient(path, stats, W, adapter.basis(adapter.cfg, stats, path, W))
+        if has_contrast(cfg, stats):
+            warn_of_massive_channels(cfg, stats, adapters)
 
     def orient(self, path: str, stats: Stats, W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> None:
         """Take U as the basis, note sigma where it is declared, report the share of the statistics that U captures."""

@@ -4,8 +4,9 @@ paper     Wang, Yu, Li 2024, arXiv:2407.05000, theorems 3.1 and 3.2, algorithm 1
 code      Outsider565/LoRA-GA, peft/src/peft/tuners/lora/layer.py; huggingface/peft, tuners/lora/layer.py and loraga.py
 formula   y' = y + c s (B A - B0 A0) x,  A = A0 + dA (r, i),  B = B0 + dB (o, r);  dA, dB trained, c = coeff,
           s = alpha / sqrt(r) (rslora=False: alpha / r)
-start     G = dLoss/dW = U S V^T summed over the calibration batches, at tokens that attention_mask keeps, its 2r leading
-          triples: A0 = k V^T of r of them, B0 = k U of the other r, k = o^(1/4) / sqrt(gamma); dA = dB = 0
+start     G = dLoss/dW = U S V^T summed over the terms of all batches' mean losses, however rows are cut into batches, at
+          tokens that attention_mask keeps, its 2r leading triples: A0 = k V^T of r of them, B0 = k U of the other r,
+          k = o^(1/4) / sqrt(gamma); dA = dB = 0
 coeff     scales the update; 0.5 halves it, -1 reverses it
 identity  exact: B A - B0 A0 = B dA + dB A0, and dA = dB = 0
 invariant rank(W' - W) <= 2r; W is never written. From the start one step of plain SGD of rate t gives W' - W = -t s^2 k^2 G_2r
@@ -30,8 +31,9 @@ from ..mathematics import left_svd, orth
 class LoRAGAConfig(TwinConfig):
     """direction: the triples that A0 and B0 take: the first half and the second, the reverse, or the odd and the even ones.
 
-    scale    stable: k as above; unit: k = 1; gd: k = 1/s; peft_stable: A0 without k, B0 = k U S with S of the mean over calls
-    loss_fn  (model, batch) -> scalar; None: output.loss, else of logits the next token's cross-entropy, else random signs
+    scale    stable: k as above; unit: k = 1; gd: k = 1/s; peft_stable: A0 without k, B0 = k U S with S of the mean over terms
+    loss_fn  (model, batch) -> scalar, or (mean, number of its terms); None: output.loss, else of logits the
+             next token's cross-entropy, else random signs
     """
 
     r: int = 8
@@ -60,7 +62,7 @@ class LoRAGA(Twin):
 
     @staticmethod
     def needs(cfg: Any) -> tuple[str, ...]:
-        return ("n", "wgrad", "calls") if cfg.scale == "peft_stable" else ("n", "wgrad")
+        return ("n", "wgrad", "terms") if cfg.scale == "peft_stable" else ("n", "wgrad")
 
     @staticmethod
     def group_init(adapters: Any, stats: Any, cfg: Any) -> None:
@@ -74,4 +76,4 @@ class LoRAGA(Twin):
             k = {"unit": 1.0, "gd": 1 / a.s}.get(cfg.scale, a.d_out**0.25 / cfg.gamma**0.5)
             peft = cfg.scale == "peft_stable"
             a.A0.copy_(V[:, of_A].T * (1.0 if peft else k))
-            a.B0.copy_(U[:, of_B] * k * (S[of_B] / stats["calls"][path] if peft else 1.0))
+            a.B0.copy_(U[:, of_B] * k * (S[of_B] / stats["terms"][path] if peft else 1.0))
