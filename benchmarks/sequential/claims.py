@@ -1,14 +1,12 @@
 """What the committed records of bench-sequential show, each as a sentence with its figures and whether it holds on these."""
 
-import json
-from collections.abc import Callable
 from statistics import fmean as mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from benchmarks.common.places import RESULTS
+from benchmarks.sequential.figures import Records, ends, gains, intrusions, of_metric, on_route, span
+from benchmarks.sequential.findings import HELPING, OBJECTIVES, alone, found, kept
 
-FOLDER = RESULTS / "sequential"
-Records = dict[str, dict[str, Any]]
+SECOND = ("B_rehearsal", "B_related", "B_strong", "N_neutral")
 
 
 class Claim(NamedTuple):
@@ -17,33 +15,6 @@ class Claim(NamedTuple):
     about: str
     holds: bool
     text: str
-
-
-def committed() -> Records:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
-
-
-def ends(record: dict[str, Any], task: str, measure: str, p: int = -1) -> list[float]:
-    """A measure of one task after phase p, by seed; the last one by default."""
-    return [run["rows"][p]["tasks"][task][measure] for run in record["runs"]]
-
-
-def intrusions(record: dict[str, Any]) -> list[float]:
-    return [run["rows"][-1]["intrusion"] for run in record["runs"]]
-
-
-def of_metric(record: dict[str, Any], measure: str, name: str) -> list[float]:
-    return [run["metrics"][measure][name] for run in record["runs"]]
-
-
-def on_route(record: dict[str, Any], route: str, figure: Callable[[dict[str, Any]], float]) -> list[float]:
-    return [figure(next(r for r in run["routes"] if r["route"] == route)) for run in record["runs"]]
-
-
-def span(values: list[float], form: str = ".2f") -> str:
-    """The mean, and lowest to highest over the seeds where they differ."""
-    low, high, middle = (f"{v:{form}}" for v in (min(values), max(values), mean(values)))
-    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def claims(records: Records) -> list[Claim]:
@@ -55,9 +26,6 @@ def claims(records: Records) -> list[Claim]:
         *routes(records),
         *base(records),
     ]
-
-
-# --- the small model --------------------------------------------------------------------------------------------------
 
 
 def forgetting(records: Records) -> list[Claim]:
@@ -124,9 +92,6 @@ def rehearsal(records: Records) -> list[Claim]:
     return found
 
 
-SECOND = ("B_rehearsal", "B_related", "B_strong", "N_neutral")
-
-
 def ledgers(records: Records) -> list[Claim]:
     long, short = records["continual_160"], records["continual_80"]
     p_before, p_after, q_after = ends(long, "P", "acc", 1), ends(long, "P", "acc"), ends(long, "Q", "acc")
@@ -147,23 +112,11 @@ def ledgers(records: Records) -> list[Claim]:
     ]
 
 
-# --- objectives -------------------------------------------------------------------------------------------------------
-
-HELPING = ("repulsion_2", "gossip_5", "gossip_12.5")
-OBJECTIVES = (*HELPING, "repulsion_preset", "l1")
-
-
-def gains(record: dict[str, Any], figure: str) -> list[float]:
-    return record["paired"][figure]["differences"]
-
-
 def objectives(records: Records) -> list[Claim]:
     ranks = {name: gains(records[name], "geometry.eff_rank") for name in OBJECTIVES}
     ratios = {name: gains(records[name], "geometry.sigma_ratio") for name in HELPING}
     costs = {name: gains(records[name], "end.C_conflict.line") for name in HELPING}
     text = {name: records[name]["settings"]["objective"] for name in ranks}
-    kept = {name: records[name]["paired"]["answer.interference_a"] for name in HELPING}
-    both = [name for name, found in kept.items() if min(found["differences"]) < 0 < max(found["differences"])]
     plain = mean(ends(records["conflict"], "C_conflict", "line"))
     return [
         Claim(
@@ -182,23 +135,12 @@ def objectives(records: Records) -> list[Claim]:
         ),
         Claim(
             "objectives",
-            abs(mean(ranks["repulsion_preset"])) < 0.2 and max(ranks["l1"]) < 0,
-            f"The preset of repulsion, weight .02, does nothing here ({span(ranks['repulsion_preset'], '+.2f')}); "
-            f"{text['l1']} lowers the rank ({span(ranks['l1'], '+.2f')}).",
+            max(ranks["l1"]) < 0 and all(figure.startswith("geometry.") for figure in found(records["repulsion_preset"])),
+            f"The preset of repulsion, weight .02, changes no figure of a task; its findings are "
+            f"{alone(records, 'repulsion_preset')}. {text['l1']} lowers the rank ({span(ranks['l1'], '+.2f')}).",
         ),
-        Claim(
-            "objectives",
-            not any(found["finding"] for found in kept.values()),
-            "None of them is found to keep A from being forgotten: interference_a in answer NLL changes by "
-            + ", ".join(
-                f"{span(found['differences'], '+.3f')}, p = {found['p']:.2g} ({text[name]})" for name, found in kept.items()
-            )
-            + (f"; of both signs: {', '.join(text[name] for name in both)}." if both else "."),
-        ),
+        *(Claim("objectives", holds, text) for holds, text in kept(records)),
     ]
-
-
-# --- routes -----------------------------------------------------------------------------------------------------------
 
 
 def routes(records: Records) -> list[Claim]:
@@ -229,9 +171,6 @@ def routes(records: Records) -> list[Claim]:
             f"{lower[best]:.2f}. Scaling afterwards trades one task for the other.",
         ),
     ]
-
-
-# --- the embedded base ------------------------------------------------------------------------------------------------
 
 
 def base(records: Records) -> list[Claim]:

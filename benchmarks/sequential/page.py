@@ -4,7 +4,9 @@ import textwrap
 from typing import Any
 
 from benchmarks.common.statistics import CLAIM, LEAST
-from benchmarks.sequential.claims import OBJECTIVES, Claim, Records, claims, ends, gains, mean, span
+from benchmarks.sequential.claims import Claim, claims
+from benchmarks.sequential.figures import Records, cosines, ends, gains, mean, span
+from benchmarks.sequential.findings import OBJECTIVES, compared, findings, objective
 from benchmarks.sequential.measures import MEASURES
 from benchmarks.sequential.summary import good
 from benchmarks.sequential.tasks import ENTITIES, LINES, digest
@@ -41,12 +43,12 @@ def rows(head: tuple[str, ...], body: list[tuple[str, ...]], right: int) -> str:
 
 
 def examples() -> str:
-    body = [(f"`{name}`", what, f"`{LINES[name](17)}`") for name, what in TASKS.items()]
-    return rows(("task", "what it holds", "the line of entity 17"), body, 0)
+    lines = [(f"`{name}`", what, f"`{LINES[name](17)}`") for name, what in TASKS.items()]
+    return rows(("task", "what it holds", "the line of entity 17"), lines, 0)
 
 
 def definitions() -> str:
-    body = [(names, f"{text}", good(names.partition(",")[0])) for names, text in DEFINITIONS]
+    body = [(names, text, good(names.partition(",")[0])) for names, text in DEFINITIONS]
     return rows(("metric", "definition", "better"), body, 0)
 
 
@@ -96,6 +98,13 @@ def geometry(records: Records) -> str:
 GEOMETRY = ("eff_rank", "sigma_ratio")
 
 
+def differing(records: Records) -> str:
+    columns = [f"`{objective(records[name])}`" for name in compared(records)]
+    return rows(
+        ("figure", "better", *columns), [(n, good(n.split(".")[-1]), *cells) for n, *cells in findings(records)], len(columns)
+    )
+
+
 def routes(record: dict[str, Any]) -> str:
     names = ("interference_a", "interference_b", "learning_c")
     parts = [("the sequence itself", [{"row": run["rows"][-1], "metrics": run["metrics"]["answer"]} for run in record["runs"]])]
@@ -124,11 +133,6 @@ def listed(found: list[Claim], about: str) -> str:
         for claim in found
         if claim.about == about
     )
-
-
-def cosines(record: dict[str, Any]) -> str:
-    names = record["runs"][0]["delta_cosines"]
-    return ", ".join(f"{name} {mean([run['delta_cosines'][name] for run in record['runs']]):+.3f}" for name in names)
 
 
 def conditions(record: dict[str, Any]) -> str:
@@ -206,6 +210,10 @@ Geometry of the hidden states of C's held-out lines after the last phase, on the
 {geometry(records)}
 
 {listed(found, "objectives")}
+
+Every figure that is a finding for any of them, as mean difference to plain lora and p; an empty cell is no finding.
+
+{differing(records)}
 
 ## Routes
 

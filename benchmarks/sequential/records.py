@@ -13,7 +13,7 @@ from benchmarks.common.options import command
 from benchmarks.common.places import ROOT
 from benchmarks.common.records import write_json
 from benchmarks.sequential.bench import measured
-from benchmarks.sequential.claims import FOLDER
+from benchmarks.sequential.figures import FOLDER
 from benchmarks.sequential.report import plot, show
 from lora_lite.core.checkpoint import write_atomically
 from lora_lite.errors import closest
