@@ -12,10 +12,10 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite.contract import registry
-from lora_lite.peft import export as peft_export
+from lora_lite.peft import folder as peft_folder
 from lora_lite.peft.export import Exported
+from lora_lite.peft.folder import read_folder
 from lora_lite.peft.layout import layouts
-from lora_lite.peft.load import read_folder
 from lora_lite.testing import toy
 from tests.oracles import compat_quantised as kinds
 from tests.oracles.compat_peft import SQUARE, TOLERANCE, attached, check_export, perturb
@@ -255,7 +255,7 @@ def test_nothing_is_written_over_and_nothing_is_left_by_an_interruption(tmp_path
         Path(path).write_bytes(content[:10])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(peft_export, "write_atomically", interrupted)
+    monkeypatch.setattr(peft_folder, "write_atomically", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ll.export_peft(model, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full"]

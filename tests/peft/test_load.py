@@ -10,7 +10,8 @@ import torch
 import lora_lite as ll
 from lora_lite.core.checkpoint import serialized
 from lora_lite.peft import layout as peft_layout
-from lora_lite.peft.load import AttachedParts, read_folder
+from lora_lite.peft.folder import read_folder
+from lora_lite.peft.load import AttachedParts
 from lora_lite.testing import toy
 from tests.oracles.compat_peft import TOLERANCE, check_import
 from tests.oracles.peft_cases import NAMES, distance, gpt2, in_peft, logits, peft, quietly, qwen, randomise, saved
