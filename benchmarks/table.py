@@ -18,7 +18,7 @@ from benchmarks.compatibility import report as compatibility_report
 from benchmarks.cost import report as cost_report
 from benchmarks.embedded.report import final
 from benchmarks.forecast import report as forecast_report
-from benchmarks.sequential import claims, page
+from benchmarks.sequential import figures, page
 from benchmarks.steering.report import summary
 from docs import rooms
 from lora_lite.contract.registry import card
@@ -134,7 +134,7 @@ def pages() -> dict[Path, str]:
         if found := record(name):
             made[ROOT / "docs" / f"{name}.md"] = report.page(found)
     made[ROOT / "docs" / "rooms.md"] = rooms.page()
-    made[ROOT / "docs" / "sequential.md"] = page.page(claims.committed())
+    made[ROOT / "docs" / "sequential.md"] = page.page(figures.committed())
     return made
 
 

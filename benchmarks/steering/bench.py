@@ -14,9 +14,7 @@ benchmarks/runs).
 """
 
 import dataclasses
-import functools
 import math
-import random
 import re
 import time
 import warnings
@@ -31,114 +29,19 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from benchmarks.common import text
-from benchmarks.common.options import Options, command, folder
-from benchmarks.common.places import BASE, RUNS
+from benchmarks.common.options import command, folder
+from benchmarks.common.places import BASE
 from benchmarks.common.records import environment, write_pair
 from benchmarks.embedded.run import Settings, fitting, load_base
+from benchmarks.steering.passages import DUE, OTHERWISE, Passages, calibration_data, prose
 from benchmarks.steering.report import plot, table
+from benchmarks.steering.settings import CONTEXT, Steering
 
-DUE, OTHERWISE = rb"(?<=[ \n(])`+(?=\w)", rb"(?<=[ \n(])[a-z]"
 BYTE = ord("`")
 MEANING = "mark-up in backquotes"
 KL_LIMIT = 0.1
-CONTEXT = 64  # bytes of a window that are read but not scored
 VARIANT = "antipasto_ablate"
 Row = dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Steering(Options):
-    """
-    coeffs       points of the curve; 0, the base model, and 1 are always among them
-    calibration  rows of each class, the `length` bytes before a place; drawn with `seed`
-    places       rows of each kind, likewise, that P(backquote) is measured on, at most
-    windows      evenly spaced windows of `window` bytes that the harm is measured on
-    seeds        of the random directions
-    """
-
-    coeffs: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-    calibration: int = 256
-    length: int = 64
-    places: int = 96
-    windows: int = 48
-    window: int = 256
-    seeds: tuple[int, ...] = (0, 1, 2)
-    seed: int = 0
-    out: str = str(RUNS)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window <= CONTEXT:
-            raise ll.LoraLiteError(
-                f"window={self.window}", expected=f"More than the {CONTEXT} bytes of context.", fix="window=256"
-            )
-        object.__setattr__(self, "coeffs", tuple(sorted({0.0, 1.0, *self.coeffs})))
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def prose() -> dict[text.Part, bytes]:
-    """The three parts, with no longer paragraph in two of them or twice in one."""
-    known: set[str] = set()
-    parts: tuple[text.Part, ...] = ("test", "validation", "train")
-    made = {}
-    for part in parts:
-        documents = {name: passage for name, passage in text.prose(part == "test").items() if text.part_of(name) == part}
-        made[part] = text.joined(text.without_paragraphs(documents, known))
-    return made
-
-
-def places(data: bytes, rule: bytes) -> list[int]:
-    """Positions of the first bytes that the rule matches."""
-    return [match.start() for match in re.finditer(rule, data)]
-
-
-def rows_before(data: bytes, rule: bytes, count: int, settings: Steering) -> Tensor:
-    """(count at most, length): the bytes before places that are drawn with the seed."""
-    ends = [place for place in places(data, rule) if place >= settings.length]
-    ends = random.Random(settings.seed).sample(ends, min(count, len(ends)))
-    return torch.tensor([list(data[end - settings.length : end]) for end in ends])
-
-
-def calibration_data(data: bytes, settings: Steering) -> dict[str, list[dict[str, Tensor]]]:
-    """Batches of both classes, whose last bytes are those before a place."""
-    rules = {"positive": DUE, "negative": OTHERWISE}
-    drawn = {label: rows_before(data, rule, settings.calibration, settings) for label, rule in rules.items()}
-    return {label: [{"input_ids": part} for part in rows.split(32)] for label, rows in drawn.items()}
-
-
-@dataclass(frozen=True)
-class Passages:
-    """due, otherwise: rows before places of each kind; windows (n, window); counted: their scored bytes less those at DUE."""
-
-    due: Tensor
-    otherwise: Tensor
-    windows: Tensor
-    counted: Tensor
-    source: dict[str, Any]
-
-    @classmethod
-    def of(cls, data: bytes, settings: Steering) -> "Passages":
-        due, otherwise = (rows_before(data, rule, settings.places, settings) for rule in (DUE, OTHERWISE))
-        starts = torch.linspace(0, len(data) - settings.window, min(settings.windows, len(data) // settings.window)).long()
-        cut = starts[:, None] + torch.arange(settings.window)
-        mark = torch.ones(len(data), dtype=torch.bool)
-        mark[torch.tensor(places(data, DUE))] = False
-        counted = mark[cut][:, CONTEXT:]
-        source = {
-            "bytes": len(data),
-            "sha256": text.digest(data),
-            "places_due": len(due),
-            "places_otherwise": len(otherwise),
-            "windows": len(cut),
-            "counted_bytes": int(counted.sum()),
-        }
-        return cls(due, otherwise, torch.tensor(list(data))[cut], counted, source)
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -36,3 +36,6 @@ def test_the_blocks_of_the_page_run_in_order(tmp_path, monkeypatch, capsys):
     assert space["trace"].shape == (24, 4, 16)
     assert space["weights"].shape == (24, 4, 16, 16)
     assert "'beyond': 0.0" in capsys.readouterr().out
+    assert space["valid"](space["padded"][0]).shape == (24, 16)
+    without, alpha = space["alphas"]
+    assert without / alpha == pytest.approx(1.2, abs=0.05)
