@@ -342,6 +342,44 @@ def test_auto_alpha_is_half_over_the_95_percent_quantile_of_the_bases_trace():
     assert float(losses(barrier, model, batches[0])[1].detach()) > 0
 
 
+@pytest.mark.parametrize("kind", ["function", "list", "tensor"])
+def test_auto_alpha_of_left_padded_series_counts_the_valid_queries_alone(kind):
+    """A model with Toto's shapes takes no mask: rows of attention are (batch * variates), queries are patches."""
+    toto_like = pytest.importorskip("benchmarks.forecast.toto_like")
+    model = toy.seeded(toto_like.TotoLike)
+    padded = 6
+    batches = [toy.inputs(2 * 3, 16 * 8, seed=seed).view(2, 3, 128) for seed in (1, 2)]
+    for series in batches:
+        series[..., : padded * 8] = 0
+
+    def valid(series):
+        return toto_like.patches(series).ne(0).any(-1).flatten(0, 1)
+
+    mask = {"function": valid, "list": [valid(series) for series in batches], "tensor": valid(batches[0])}[kind]
+    assert valid(batches[0]).shape == (2 * 3, 16)
+    kept, everything = [], []
+    with torch.no_grad():
+        for series in batches:
+            with attention.recorded(model) as calls:
+                model(series)
+            for found in attention.causal(calls):
+                trace = attention.value_trace(found)
+                kept.append(trace[:, :, padded:].flatten())
+                everything.append(trace.flatten())
+    want, without = (0.5 / float(quantile(torch.cat(traces), 0.95)) for traces in (kept, everything))
+    found = []
+    for given in (mask, None):
+        barrier = AttentionBarrier(**RECOMMENDED)
+        (barrier + ll.objectives.L1()).calibrate(model, batches, mask=given)
+        found.append(barrier.strength)
+    assert found == pytest.approx([want, without])
+    assert found[1] > 1.05 * found[0]
+    with pytest.raises(ll.LoraLiteError, match=r"The mask has shape \(2, 16\), attention calls have \(6, 16\)"):
+        AttentionBarrier(**RECOMMENDED).calibrate(model, batches, mask=torch.ones(2, 16))
+    with pytest.raises(ll.LoraLiteError, match="1 masks for more than 1 batches"):
+        AttentionBarrier(**RECOMMENDED).calibrate(model, batches, mask=[valid(batches[0])])
+
+
 def test_auto_alpha_travels_with_the_state_and_with_the_copy_for_measuring():
     model, barrier = adapted(), AttentionBarrier(**RECOMMENDED)
     objective = barrier + ll.objectives.Gossip()

@@ -21,7 +21,7 @@ from ...contract.pattern import fits
 from ...core import finding, runtime
 from ...errors import LoraLiteError, LoraLiteWarning, some
 from ..attention import Call, causal, value_traces
-from .base import Objective
+from .base import Masks, Objective, mask_of
 from .hidden import refuse_few
 
 if TYPE_CHECKING:
@@ -113,10 +113,11 @@ class AttentionBarrier(Objective):
             )
         return self.calibrated["alpha"]
 
-    def calibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
+    def calibrate(self, model: nn.Module, batches: Iterable[Any], *, mask: Masks = None) -> None:
         """Fix alpha = 0.5 / q95(trace) of the model in eval mode with its adapters off; a number given as alpha stays.
 
         batches  as for calibration_data: mappings, whose attention_mask drops padding, tuples or tensors
+        mask     (B, T) of the attention calls, for a model that takes none: as for `mask_of`
         """
         if self.alpha != "auto":
             return
@@ -126,8 +127,8 @@ class AttentionBarrier(Objective):
         refuse_one_batch(batches)
         traces = []
         with evaluating(model), runtime.disabled(model):
-            for batch in batches:
-                with capture(model, self.requires) as seen:
+            for k, batch in enumerate(batches):
+                with capture(model, self.requires, mask=mask_of(mask, k, batch)) as seen:
                     call(model, on_device(model, batch))
                 traces += self.traces(seen.only)
         if not traces:

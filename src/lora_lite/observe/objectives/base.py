@@ -7,7 +7,7 @@ An objective is a frozen config with its own generator, so that training with an
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +23,28 @@ if TYPE_CHECKING:
 
 NEEDS = frozenset({"hidden", "attention", "mask", "delta"})
 """What can be asked for: hidden states, recorded attention calls, the token mask, and the weight changes of the adapters."""
+
+Masks = Tensor | Sequence[Tensor] | Callable[[Any], Tensor] | None
+
+
+def mask_of(mask: Masks, k: int, batch: Any) -> Tensor | None:
+    """The mask of batch k for `ll.capture`: (B, T), 1 for tokens, of the rows that attention sees.
+
+    mask  one tensor for every batch, a list with one for each, or a function of a batch; None: what the model is called with
+
+    Raises LoraLiteError where a list is shorter than the batches.
+    """
+    if mask is None or isinstance(mask, Tensor):
+        return mask
+    if callable(mask):
+        return mask(batch)
+    if k >= len(mask):
+        raise LoraLiteError(
+            f"{len(mask)} masks for more than {k} batches.",
+            expected="One mask for each batch.",
+            fix="objective.calibrate(model, batches, mask=lambda batch: batch.ne(0))",
+        )
+    return mask[k]
 
 
 class Summand:
@@ -73,13 +95,14 @@ class Summand:
         for name, kept in state.items():
             self.named[name].restore(kept.cpu())
 
-    def calibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
+    def calibrate(self, model: nn.Module, batches: Iterable[Any], *, mask: Masks = None) -> None:
         """Settle before training what a term takes from the base's behaviour, such as alpha="auto"; most take nothing.
 
         batches  as for calibration_data; a list where several terms read it
+        mask     for a model that takes none: see `mask_of`
         """
         for term in self.terms:
-            term.calibrate(model, batches)
+            term.calibrate(model, batches, mask=mask)
 
     def evaluating(self, seed: int = 0) -> "Summand":
         """A copy with fresh generators of this seed: measuring with it never shifts training."""
@@ -118,7 +141,7 @@ class Objective(Summand, Options):
     def restore(self, state: Tensor) -> None:
         """Take up a `state`."""
 
-    def calibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
+    def calibrate(self, model: nn.Module, batches: Iterable[Any], *, mask: Masks = None) -> None:
         """Nothing to settle."""
 
     def of(self, forward: "Forward") -> Tensor:
