@@ -43,7 +43,7 @@ def fault(pattern: object) -> str:
 
 def spellings(pattern: str) -> str:
     """Both ways to write what somebody may have meant by a pattern that is none."""
-    bare = pattern.removeprefix(REGULAR)
+    bare = pattern.removeprefix(REGULAR) or "q_proj"
     names = ".".join(filter(None, re.sub(r"[^\w.*?-]+", "", bare.replace(r"\.", ".").replace(".*", "*")).split(".")))
     regular = bare if not fault(REGULAR + bare) else re.escape(bare)
     return f"{names or 'q_proj'!r}  # whole names of the path; or a regular expression: {REGULAR + regular!r}"

@@ -14,9 +14,9 @@ from . import finding, runtime
 from .checkpoint import contents
 from .coverage import Coverage, coverage
 from .detach import detach
+from .repairs import reasons
 from .restore import redrawn, restore
 from .save import save
-from .selection import reasons
 
 
 @dataclass(repr=False)

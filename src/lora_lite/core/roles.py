@@ -17,6 +17,7 @@ READERS = (
 ).split()
 WRITERS = "o_proj out_proj down_proj fc2 w2 wo c_proj dense_4h_to_h output.dense attention.dense o Wo to_out.0".split()
 WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
+INNERS = ("q_b_proj", "kv_b_proj", "kv_b_proj_with_mqa")  # second factors, also where they come to the residual width by chance
 INNER = "inner"
 """The role of a layer that neither reads nor writes the residual stream, such as the second factor of a low-rank projection."""
 
@@ -49,7 +50,7 @@ def roles(model: nn.Module, layers: dict[str, Layer], lists: dict[str, list[str]
     for path, layer in layers.items():
         place = block_index(path, lists)
         width = widths[place[0] if place else ""]
-        reads, writes = (side == width for side in sizes(layer))
+        reads, writes = (side == width for side in sizes(layer)) if not any_fits(INNERS, path_end(path)) else (False, False)
         if reads and writes:
             found[path] = (
                 "writer" if any_fits(WRITERS, path_end(path)) else "reader" if any_fits(READERS, path_end(path)) else None

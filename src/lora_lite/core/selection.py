@@ -5,9 +5,7 @@ experts. "all-linear" leaves out what cannot or should not be adapted and says s
 adapted is refused. Every repair in an error is the whole config, with the user's own options.
 """
 
-import dataclasses
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from ..contract.config import AdapterConfig
-from ..contract.pattern import any_fits, exactly, fault, fits
-from ..contract.registry import variant_of
+from ..contract.pattern import any_fits, fits
 from ..errors import LoraLiteError, LoraLiteWarning, closest, some
 from ..sites import obstacles
 from ..sites.layer import Layer, sizes
 from ..sites.model import base_model, block_index, block_lists, embeddings, linears, output_embeddings, unwrapped
+from .repairs import TIED, inventory, nearest, options, order, patterns_for, reasons, repair
 from .roles import roles
 
 
@@ -59,7 +57,7 @@ def select(model: nn.Module, cfg: AdapterConfig) -> Selection:
     refuse_unmatched(model, cfg, present, unfit)
     lists = block_lists(model)
     everything = cfg.targets == "all-linear"
-    left_out = dict(unfit) | (unwanted(model, present) if everything else {})
+    left_out = (unwanted(model, present) if everything else {}) | unfit
     named = {path: layer for path, layer in present.items() if everything or any_fits(cfg.targets, path)}
     skipped = {path: why for path, why in left_out.items() if everything}
     chosen = {path: layer for path, layer in named.items() if not (everything and path in left_out)}
@@ -74,15 +72,25 @@ def select(model: nn.Module, cfg: AdapterConfig) -> Selection:
         del chosen[path]
     refuse_half_of_tied(model, cfg, chosen, skipped)
     if offenders := {path: unfit[path] for path in chosen if path in unfit}:
-        refuse_impossible(cfg, offenders)
+        refuse_impossible(cfg, offenders, named)
     if not chosen:
         raise LoraLiteError(
             f"{options(cfg)} together select no Linear that can be adapted.",
             found=reasons(skipped) or inventory(present),
-            fix=repair(cfg, targets="all-linear", exclude=(), layers=None, roles=None, rank_pattern={}),
+            fix=repair(
+                cfg,
+                targets=patterns_for([p for p in present if p not in unfit], [*present, *unfit]),
+                exclude=(),
+                layers=None,
+                roles=None,
+                rank_pattern={},
+            ),
         )
     refuse_unused(cfg, named, chosen, skipped)
     return Selection(chosen, dict(sorted(skipped.items(), key=lambda item: order(item[0]))))
+
+
+NO_OTHERS: dict[str, Any] = {"exclude": (), "layers": None, "roles": None, "rank_pattern": {}}
 
 
 def impossible(model: nn.Module) -> dict[str, str]:
@@ -98,15 +106,14 @@ def impossible(model: nn.Module) -> dict[str, str]:
             found[path] = f"forward: {odd}"
         elif min(sizes(layer)) < 2:
             found[path] = f"narrow: {sizes(layer)[0]} -> {sizes(layer)[1]}"
+    for path in found.keys() & {p for p, layer in linears(model).items() if id(layer) in output_embeddings(model)}:
+        found[path] = f"output embedding, {found[path]}"
     found |= {path: f"unknown kind: {type(m).__name__}" for path, m in obstacles.unknown_layers(model).items()}
     found |= {
         path: f"experts: a parameter of shape {tuple(parameter.shape)}, no Linear"
         for path, parameter in obstacles.expert_parameters(model).items()
     }
     return found | {path: "attention: a parameter that is read" for path in obstacles.attention_parameters(model)}
-
-
-TIED = "tied: shares its weight with "
 
 
 def refuse_half_of_tied(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, Layer], skipped: dict[str, str]) -> None:
@@ -117,7 +124,7 @@ def refuse_half_of_tied(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, 
         if p in chosen and not set(others) <= chosen.keys()
     }
     if halves and cfg.targets != "all-linear":
-        refuse_impossible(cfg, halves)
+        refuse_impossible(cfg, halves, chosen)
     for path in halves:
         skipped[path] = halves[path]
         del chosen[path]
@@ -210,11 +217,11 @@ def refuse_peft(model: nn.Module) -> None:
         )
 
 
-def refuse_impossible(cfg: AdapterConfig, offenders: dict[str, str]) -> None:
+def refuse_impossible(cfg: AdapterConfig, offenders: dict[str, str], known: Iterable[str]) -> None:
     raise LoraLiteError(
         f"{reasons(offenders)} Such layers cannot be adapted.",
         expected="An adapter acts where a layer is called as W x + b and its weight has one use.",
-        fix=repair(cfg, exclude=(*cfg.exclude, *patterns_for(offenders))),
+        fix=repair(cfg, exclude=(*cfg.exclude, *patterns_for(offenders, known))),
     )
 
 
@@ -227,7 +234,8 @@ def refuse_unmatched(model: nn.Module, cfg: AdapterConfig, present: dict[str, La
             if any(fits(pattern, path) for path in known):
                 continue
             others = {path: why for path, why in unfit.items() if fits(pattern, path)}
-            leaves = dict.fromkeys(path.rpartition(".")[2] for path in (paths if field == "exclude" else present))
+            layers = [path for path in present if path not in unfit]
+            leaves = dict.fromkeys(path.rpartition(".")[2] for path in (paths if field == "exclude" else layers))
             rest = tuple(p for p in patterns if p != pattern)
             near = nearest(pattern, leaves)
             if field == "rank_pattern":
@@ -251,61 +259,18 @@ def refuse_unused(cfg: AdapterConfig, named: dict[str, Layer], chosen: dict[str,
     for field, patterns in (("targets", cfg.patterns()["targets"]), ("rank_pattern", cfg.rank_pattern)):
         for pattern in patterns:
             if not any(fits(pattern, path) for path in (before if field == "targets" else [*chosen, *zero(skipped)])):
+                kept = {k: v for k, v in cfg.rank_pattern.items() if k != pattern}
+                rest = tuple(p for p in patterns if p != pattern)
                 raise LoraLiteError(
                     f"{field}: {pattern!r} selects only layers that other options leave out.",
                     found=f"{options(cfg)}.",
-                    fix=repair(cfg, targets=cfg.targets, exclude=(), layers=None, roles=None),
+                    fix=repair(cfg, rank_pattern=kept)
+                    if field == "rank_pattern"
+                    else repair(cfg, targets=rest)
+                    if rest
+                    else repair(cfg, exclude=(), layers=None, roles=None),
                 )
 
 
 def zero(skipped: Mapping[str, str]) -> list[str]:
     return [path for path, why in skipped.items() if why == "rank 0"]
-
-
-def nearest(pattern: str, leaves: Iterable[str]) -> str:
-    """The leaf name that is closest to a pattern, else the first."""
-    found = closest(pattern.removeprefix("re:").strip("^$").rpartition(".")[2], leaves)
-    leaves = list(leaves)
-    return found.removeprefix("Closest name: ").removesuffix(".") if found.startswith("Closest") else leaves[0]
-
-
-def patterns_for(paths: Iterable[str]) -> tuple[str, ...]:
-    """Patterns that fit these paths and, as far as names can say it, no other: numbers become *, equal ones are said once."""
-    written = [".".join("*" if name.isdecimal() else name for name in path.split(".")) for path in paths]
-    return tuple(dict.fromkeys(exactly(path) if fault(p) else p for p, path in zip(written, paths)))
-
-
-def options(cfg: AdapterConfig) -> str:
-    return f"targets={cfg.targets!r}, exclude={cfg.exclude!r}, layers={cfg.layers!r}, roles={cfg.roles!r}"
-
-
-def repair(cfg: AdapterConfig, **changes: Any) -> str:
-    """The user's own config with some options changed, as code."""
-    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)} | changes
-    blank = type(cfg)()
-    said = {name: value for name, value in fields.items() if value != getattr(blank, name)}
-    words = ", ".join([repr(variant_of(cfg).variant), *(f"{name}={value!r}" for name, value in said.items())])
-    return f"cfg = ll.config({words})"
-
-
-def reasons(skipped: Mapping[str, str]) -> str:
-    """'attention: a parameter that is read (layers.*.attn.in_proj_weight x6). ...', one phrase for each reason."""
-    by: dict[str, list[str]] = {}
-    for path, why in skipped.items():
-        by.setdefault(why, []).append(path)
-    parts = []
-    for why, paths in by.items():
-        alike = Counter(".".join("*" if name.isdecimal() else name for name in path.split(".")) for path in paths)
-        parts.append(f"{some(f'{place} x{n}' if n > 1 else place for place, n in alike.items())}: {why}")
-    return "; ".join(parts) + "." if parts else ""
-
-
-def inventory(present: Iterable[str]) -> str:
-    """'Linears in this model: q_proj x6, v_proj x6.'"""
-    counts = Counter(path.rpartition(".")[2] for path in present)
-    return "Linears in this model: " + some([f"{leaf} x{n}" for leaf, n in counts.items()], most=12) + "."
-
-
-def order(path: str) -> list[Any]:
-    """Blocks by number, names by letter."""
-    return [(0, int(name), "") if name.isdecimal() else (1, 0, name) for name in path.split(".")]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .coverage import Coverage, coverage
 from .finding import adapters, dead, missing
-from .selection import reasons
+from .repairs import reasons
 
 
 @dataclass(frozen=True)

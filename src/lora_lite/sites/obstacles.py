@@ -26,21 +26,28 @@ LINEAR = re.compile(r"Linear(?:\d.*|_.*|Lt)?$")
 PROBES = 3
 
 
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_experts")
-OTHERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.RNNBase, nn.MultiheadAttention)
+OTHERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.RNNBase, nn.MultiheadAttention, nn.Embedding)
+
+
+def expert_counts(module: nn.Module) -> set[int]:
+    """What a module's own numbers say of how many experts it holds."""
+    return {
+        n for name, n in vars(module).items() if "expert" in name and isinstance(n, int) and not isinstance(n, bool) and n > 1
+    }
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{path: parameter} of floating parameters (experts, ., .) that a module holds for all its experts at once."""
+    """{path: parameter} of what a module holds for all its experts at once: (experts, ., .), or the rows of all of them."""
     found = {}
     for path, module in model.named_modules():
-        counts = {getattr(module, name, None) for name in COUNTS}
-        for name, parameter in module.named_parameters(recurse=False) if not isinstance(module, OTHERS) else ():
-            place = f"{path}.{name}".lstrip(".")
-            if parameter.ndim != 3 or not parameter.is_floating_point() or name.endswith("bias"):
+        if isinstance(module, OTHERS) or is_linear(module):
+            continue
+        counts, inside = expert_counts(module), any("experts" in name.lower() for name in path.split("."))
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_floating_point() or name.endswith("bias"):
                 continue
-            if parameter.shape[0] in counts or "expert" in place.lower():
-                found[place] = parameter
+            if (parameter.ndim == 3 and (parameter.shape[0] in counts or inside)) or (parameter.ndim == 2 and inside):
+                found[f"{path}.{name}".lstrip(".")] = parameter
     return found
 
 
@@ -93,6 +100,9 @@ def read_only(kind: type[nn.Module]) -> frozenset[str]:
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+            own = tree.body[0]
+            if isinstance(own, ast.ClassDef):  # building and tying weights is no use of them
+                own.body = [part for part in own.body if getattr(part, "name", "") != "__init__"]
         except (OSError, TypeError, SyntaxError, IndentationError):
             return frozenset()
         inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("weight", "bias")}
@@ -115,25 +125,30 @@ def tied(model: nn.Module) -> dict[str, list[str]]:
 
 
 def routers(model: nn.Module) -> dict[str, str]:
-    """{path: the experts that it chooses} of Linear-like layers with one output for each expert of their block."""
+    """{path: the experts that it chooses} of Linear-like layers with one output for each expert of their block.
+
+    A block holds experts, as parameters or as a list of modules, and beside them a module whose only layer is the router.
+    """
     modules = dict(model.named_modules())
-    experts: dict[str, int] = {}  # path of what holds the experts -> how many
+    holders: dict[str, set[int]] = {}
     for path, parameter in expert_parameters(model).items():
-        experts[path.rpartition(".")[0]] = parameter.shape[0]
+        owner = path.rpartition(".")[0]
+        counts = expert_counts(modules[owner]) | ({parameter.shape[0]} if parameter.ndim == 3 else set())
+        names = owner.split(".")
+        top = next((k for k, name in enumerate(names) if "experts" in name.lower()), len(names) - 1)
+        holders.setdefault(".".join(names[: top + 1]), set()).update(counts)
     for path, module in modules.items():
-        many = isinstance(module, nn.ModuleList) and len(module) > 1 and any(map(is_linear, module.modules()))
+        many = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1 and any(map(is_linear, module.modules()))
         if many and "expert" in path.rpartition(".")[2].lower():
-            experts[path] = len(module)  # type: ignore[arg-type]
+            holders.setdefault(path, set()).add(len(module))  # type: ignore[arg-type]
     found = {}
-    for holder, count in experts.items():
-        block = modules[holder.rpartition(".")[0]]
-        for name, child in block.named_children():
-            start = f"{holder.rpartition('.')[0]}.{name}".lstrip(".")
-            inside = {f"{start}.{p}".rstrip("."): m for p, m in child.named_modules() if is_linear(m)}
-            if start != holder and len(inside) == 1:
-                path, layer = next(iter(inside.items()))
-                if sizes(cast(Layer, layer))[1] == count:
-                    found[path] = holder
+    for holder, counts in holders.items():
+        start = holder.rpartition(".")[0]
+        for name, child in modules[start].named_children():
+            place = f"{start}.{name}".lstrip(".")
+            inside = [(f"{place}.{p}".rstrip("."), m) for p, m in child.named_modules() if is_linear(m)]
+            if place not in holders and len(inside) == 1 and sizes(cast(Layer, inside[0][1]))[1] in counts:
+                found[inside[0][0]] = holder
     return found
 
 
