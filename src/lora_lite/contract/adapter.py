@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import LoraLiteError
 from ..sites.layer import Base, Layer, by_keyword, place_of_input
+from ..sites.offloaded import with_tensors
 from . import rows
 from .attachment import NOWHERE, Group, Original
 from .config import AdapterConfig
@@ -27,6 +28,7 @@ class Adapter(Method):
     asleep: bool  # whether any is; torch.compile would take the number for one that varies
     input_place: tuple[int, str]  # where the layer's forward takes its activation
     behind_router: bool  # whether the layer stands behind a router
+    batch_leads: bool  # whether the layer is known to see (batch, time, ...)
     values: Tensor | None  # `maps.distinct` of a coefficient tensor that is not trained
     common: float | Tensor | None  # the coefficient of all layers, where `scale` by groups multiplies it
     fired: bool
@@ -47,7 +49,7 @@ class Adapter(Method):
         vars(self).update(
             d_in=d_in, d_out=d_out, cfg=cfg, set_coeff=cfg.coeff, values=None, common=None, disabled_by=0, asleep=False,
             fired=False, path="", hung_as="", group=NOWHERE, original=None, handles=[], shared={}, report={},
-            input_place=(0, "input"), behind_router=False,
+            input_place=(0, "input"), behind_router=False, batch_leads=False,
         )  # fmt: skip
         if not cfg.dtype.is_floating_point:
             raise LoraLiteError(
@@ -213,7 +215,7 @@ class Adapter(Method):
 
     def call_input(self, x: Tensor) -> Tensor:
         """x' of the input side; by a call of the module, which other libraries watch, where there is no other side."""
-        return self.forward_input(x) if self.changes_output() else self(x, None, None)
+        return with_tensors(self, self.forward_input, x) if self.changes_output() else self(x, None, None)
 
     def call_by_row(self, tensors: tuple[Tensor, ...], *base: Base) -> Tensor:
         """The last of (x,) or (x, y) as it is changed: where rows have coefficients of their own, or samples lengths.

@@ -70,8 +70,7 @@ class Group:
 
     def note(self, model: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model: it ran, so that a layer which was not called is dead."""
-        if not self.ran:
-            self.ran = True
+        self.ran = True  # without asking: torch.compile would compile once for each answer
 
 
 NOWHERE = Group("", AdapterConfig())

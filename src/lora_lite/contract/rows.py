@@ -180,7 +180,7 @@ def refuse_mixed(adapter: Any, coeff: Tensor, x: Tensor, shape: tuple[int, ...])
     """Raise LoraLiteError where the first axis need not be the batch in its order."""
     call = HERE.call
     if len(shape) > 2:
-        if shape[0] == shape[1]:
+        if shape[0] == shape[1] and not adapter.batch_leads:
             raise LoraLiteError(
                 f"The coefficient tensor has shape {tuple(coeff.shape)}, and the activations of {adapter.path or 'the layer'} "
                 f"{shape}: which of their first two axes is the batch cannot be told.",

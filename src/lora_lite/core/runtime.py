@@ -14,7 +14,7 @@ from ..errors import LoraLiteError, LoraLiteWarning
 from ..mathematics.maps import distinct
 from ..sites.model import unwrapped
 from ..sites.quantised import keep_trainable
-from ..sites.routing import routed
+from ..sites.routing import batch_first, routed
 from .finding import Found, adapters, present
 from .gains import gains
 
@@ -117,16 +117,17 @@ def scale(model: nn.Module, coeff: float | Tensor | Mapping[str, float], *, name
     for adapter in {adapter.variant: adapter for adapter in chosen}.values():
         warn_outside(adapter, values)
     if isinstance(coeff, Tensor):
-        mark_routed(unwrapped(model))
+        mark(unwrapped(model))
     return Scaling(unwrapped(model), chosen, coeff)
 
 
-def mark_routed(model: nn.Module) -> None:
-    """Note which adapters stand behind a router: there rows are gathered."""
+def mark(model: nn.Module) -> None:
+    """Note which adapters stand behind a router, where rows are gathered, and whether activations are batch first."""
+    known = batch_first(model)
     lists = tuple(f"{path}." for path in routed(model))
     for f in adapters(model):
-        if f.path.startswith(lists):
-            f.adapter.behind_router = True
+        f.adapter.batch_leads = f.adapter.batch_leads or known
+        f.adapter.behind_router = f.adapter.behind_router or f.path.startswith(lists)
 
 
 def scaled(model: nn.Module, found: list[Found], gain: Callable[[Found], float]) -> GroupScaling:

@@ -1,5 +1,6 @@
 """Weights that accelerate keeps elsewhere (cpu_offload, disk_offload) and lends to a layer for its own forward alone."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,3 +34,12 @@ def present(module: nn.Module, name: str) -> Tensor | None:
         expected="Numbers, in memory or kept by accelerate's offloading.",
         fix=REMOVE,
     )
+
+
+def with_tensors(module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """call(x), a method of the module beside its forward, with the module's tensors in memory where they are offloaded."""
+    hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return call(x)
+    args, _ = hook.pre_forward(module, x)
+    return hook.post_forward(module, call(*args))

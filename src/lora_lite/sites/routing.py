@@ -1,6 +1,21 @@
-"""Which layers stand behind a router: experts in a list see rows that were chosen, not the batch as it came."""
+"""What a model's structure says of the rows that its layers see: chosen by a router, or the batch with time behind it."""
 
 from torch import nn
+
+TIME_FIRST = frozenset(
+    "bridgetower bros clipseg convbert dab-detr edgetam_video efficientloftr fsmt mask2former mlcd mlcd_vision_model oneformer "
+    "perception_lm prophetnet recurrent_gemma xlm-prophetnet xlnet".split()
+)
+"""Model types of transformers whose source turns (batch, time) over somewhere inside."""
+
+
+def batch_first(model: nn.Module) -> bool:
+    """Whether the layers of the model are known to see (batch, time, ...): its attention or recurrent modules say so, or it is
+    one of transformers, apart from those that turn their activations over inside.
+    """
+    said = {one for module in model.modules() if isinstance(one := getattr(module, "batch_first", None), bool)}
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return False not in said and (True in said or (isinstance(kind, str) and kind not in TIME_FIRST))
 
 
 def chooses(module: nn.Module, count: int, outside: nn.Module) -> bool:
