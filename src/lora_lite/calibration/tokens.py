@@ -90,6 +90,9 @@ def side(which: str, batch: Any, mask: Tensor | None) -> Stream:
 
 def fits(mask: Tensor, name: str, tensor: Tensor) -> bool:
     """Whether the mask can be one of this tensor: of its tokens, or of frames that stand on any of its axes."""
+    lead = leading(name, tensor)
+    if len(lead) == mask.ndim and lead.numel() == mask.numel():
+        return lead == mask.shape  # not time first
     return mask.numel() in (tensor.numel(), tensor.shape[:-1].numel()) or all(size in tensor.shape for size in mask.shape)
 
 
