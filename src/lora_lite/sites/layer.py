@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import LoraLiteError
 from .offloaded import present
 from .quantised import dequantised, is_packed
+from .sharded import is_flat
 
 Layer = nn.Linear
 """Type of an adapted layer: nn.Linear, or a module with its attributes (Conv1D, quantised Linears)."""
@@ -94,7 +95,7 @@ def oriented_weight(layer: Layer) -> Tensor:
     Raises LoraLiteError for packed and for sharded weights.
     """
     weight: Any = present(layer, "weight")
-    if hasattr(weight, "full_tensor"):
+    if hasattr(weight, "full_tensor") or (weight.ndim != 2 and is_flat(layer)):
         raise LoraLiteError(
             f"The weight of {type(layer).__name__} is sharded over processes.",
             expected="Outside the layer's own forward a whole weight is there on a plain model only.",
@@ -143,3 +144,11 @@ class Base:
 
     def unpacked(self, z: Tensor) -> Tensor:
         return F.linear(z, dense_weight(self.layer).to(z.dtype))
+
+    def detach(self) -> None:
+        """Refused: who takes the arguments of an adapter for tensors alone, as Opacus does, has no gradients per sample."""
+        raise LoraLiteError(
+            "Another program captures the arguments of an adapter, and not all of them are tensors.",
+            expected="Gradients per sample need modules that Opacus or its like knows.",
+            fix="torch.func.vmap(torch.func.grad(loss_of_one_sample), in_dims=(None, 0))(parameters, batch)",
+        )
