@@ -33,7 +33,7 @@ def process(rank, folder):
         try:
             call()
         except ll.LoraLiteError as error:
-            assert "sharded" in str(error)
+            assert "sharded" in str(error)  # noqa: PT017  (in a process of its own)
             repair = textwrap.dedent(str(error).partition("\n")[2])
         else:
             raise AssertionError("pieces were taken for tensors")

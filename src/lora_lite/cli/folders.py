@@ -12,7 +12,7 @@ from ..core import finding
 from ..core.detach import detach
 from ..core.handle import Attached, AttachedSet
 from ..core.load import load as load_file
-from ..core.merge import merge
+from ..core.merge import MergeReport, merge
 from ..core.save import save
 from ..errors import LoraLiteError, some
 from ..peft.export import export_peft
@@ -82,19 +82,22 @@ def merged(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.folder)
     refuse_folder(folder)
     model, handle = attached(arguments)
-    fold(model)
+    report = fold(model, arguments.limit)
     with new_folder(folder) as place:
         model.save_pretrained(place)
         for file in arguments.base.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHTS) and not (place / file.name).exists():
                 shutil.copy(file, place)
     print(f"{folder}: {arguments.base} with {len(handle.layers)} layers changed")
+    print(report)
 
 
 @torch.no_grad()
-def fold(model: nn.Module) -> None:
-    """Merge every adapter for good and take it off. Raises LoraLiteError where a layer would need a bias it does not have."""
-    merge(model)
+def fold(model: nn.Module, limit: float | None = None) -> MergeReport:
+    """Merge every adapter for good and take it off. Raises LoraLiteError where a layer would need a bias it does not have, and
+    where rounding loses more than `limit` of a change.
+    """
+    report = merge(model, limit=limit)
     found = {f.path: f.layer for f in finding.adapters(model)}
     new = {path: (layer.weight, layer.bias) for path, layer in found.items()}
     detach(model)
@@ -105,6 +108,7 @@ def fold(model: nn.Module) -> None:
         layer.weight.copy_(weight)
         if bias is not None:
             layer.bias.copy_(bias)
+    return report
 
 
 def inspect_folder(folder: Path) -> None:

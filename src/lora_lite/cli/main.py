@@ -118,6 +118,7 @@ def main() -> None:
     importer = command("import", folders.load, "write a PEFT folder as a checkpoint", "folder", "file")
     importer.add_argument("--name", default="default", help="of the adapter in the checkpoint")
     merger = command("merge", folders.merged, "write the base model with the adapter in its weights", "adapter", "folder")
+    merger.add_argument("--limit", type=float, help="largest share of a layer's change that rounding may lose; default: any")
     for sub in (exporter, importer, merger):
         sub.add_argument("--base", type=Path, required=True, help="folder of the base model, as transformers saves it")
         sub.add_argument("--dtype", default="auto", help="of the base model: auto (as saved), float32, bfloat16")
