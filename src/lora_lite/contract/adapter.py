@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLiteError
-from ..sites.layer import Base, Layer, by_keyword, place_of_input
+from ..sites.layer import Base, Layer, by_keyword, no_tensor, place_of_input
 from ..sites.offloaded import with_tensors
 from . import rows
 from .attachment import NOWHERE, Group, Original
@@ -52,9 +52,7 @@ class Adapter(Method):
             input_place=(0, "input"), behind_router=False, batch_leads=False,
         )  # fmt: skip
         if not cfg.dtype.is_floating_point:
-            raise LoraLiteError(
-                f"dtype={cfg.dtype} cannot be trained.", expected="A floating-point dtype.", fix="dtype=torch.float32"
-            )
+            raise LoraLiteError(f"dtype={cfg.dtype} cannot be trained.", expected="A float.", fix="dtype=torch.float32")
         for name, spec in self.specs().items():
             if hasattr(type(self), name) or name in vars(self):
                 raise LoraLiteError(
@@ -101,8 +99,7 @@ class Adapter(Method):
 
     def install(self, layer: Layer, path: str, group: Group) -> None:
         """Hang under the layer as a child of the group's name, in train or eval mode as the layer is."""
-        self.path, self.group, self.hung_as = path, group, group.child
-        self.train(layer.training)
+        self.train(layer.training).path, self.group, self.hung_as = path, group, group.child
         group.paths.add(path)
         layer.add_module(group.child, self)
         self.hook(layer)
@@ -172,8 +169,6 @@ class Adapter(Method):
     def idle(self) -> bool:
         """No work to do: disabled, the coefficient is exactly 0, or the weight already holds the change."""
         return self.original is not None or self.asleep or (not isinstance(self.set_coeff, Tensor) and self.set_coeff == 0.0)
-
-    # Both hooks run once for every call of every layer: what is rare is asked for last, and elsewhere.
 
     def input_hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         own = self if kwargs is not None and layer._modules.get(self.hung_as) is self else self.standing_on(layer, kwargs)
@@ -252,11 +247,3 @@ class Adapter(Method):
 
     def extra_repr(self) -> str:
         return f"{self.variant}, {self.d_in} -> {self.d_out}, coeff={self.set_coeff}"
-
-
-def no_tensor(layer: nn.Module, verb: str, value: Any) -> LoraLiteError:
-    return LoraLiteError(
-        f"{type(layer).__name__} {verb} a {type(value).__name__}.",
-        expected="One tensor: an adapter changes W x + b.",
-        fix="exclude=(...)  # the name of the layer",
-    )

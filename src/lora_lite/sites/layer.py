@@ -56,6 +56,14 @@ def by_keyword(layer: nn.Module, name: str, kwargs: dict[str, Any]) -> str:
     )
 
 
+def no_tensor(layer: nn.Module, verb: str, value: Any) -> LoraLiteError:
+    return LoraLiteError(
+        f"{type(layer).__name__} {verb} a {type(value).__name__}.",
+        expected="One tensor: an adapter changes W x + b.",
+        fix="exclude=(...)  # the name of the layer",
+    )
+
+
 def unfit(layer: nn.Module) -> str | None:
     """Why no adapter can stand on this Linear-like layer; None where one can."""
     weight = getattr(layer, "weight", None)
