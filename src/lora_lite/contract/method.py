@@ -44,7 +44,7 @@ class Method(nn.Module):
     def needs(cfg: Any) -> tuple[str, ...]:
         """Names of the statistics that `ranks` and `group_init` cannot do without (see calibration/statistics.py).
 
-        For "wgrad" the loss is `cfg.loss_fn(model, batch)` where the config has such a field, else calibration/calls.py's.
+        For "wgrad" the loss is `cfg.loss_fn(model, batch)` where the config has such a field, else calibration/losses.py's.
         """
         return ()
 

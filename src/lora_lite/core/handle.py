@@ -130,6 +130,15 @@ class AttachedSet(Mapping[str, Attached]):
     def __len__(self) -> int:
         return len(self.handles)
 
+    @property
+    def layers(self) -> dict[str, list[Adapter]]:
+        """{path: its adapters}."""
+        found: dict[str, list[Adapter]] = {}
+        for handle in self.handles.values():
+            for path, adapter in handle.layers.items():
+                found.setdefault(path, []).append(adapter)
+        return found
+
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.handles.values()))
 

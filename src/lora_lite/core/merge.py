@@ -14,6 +14,7 @@ from ..errors import LoraLiteError, some
 from ..mathematics.maps import is_finite
 from ..sites.layer import Layer, is_conv1d
 from ..sites.model import unwrapped
+from ..sites.obstacles import tied
 from ..sites.offloaded import REMOVE, is_offloaded
 from ..sites.quantised import is_packed, parts
 from . import finding
@@ -142,6 +143,7 @@ def merge(
     """
     model = unwrapped(model)
     chosen = finding.present(model, name)
+    refuse_tied(model, chosen)
     by_layer: dict[str, list[finding.Found]] = {}
     for f in chosen:
         by_layer.setdefault(f.path, []).append(f)
@@ -183,6 +185,17 @@ def refuse_lossy(report: MergeReport, limit: float | None) -> None:
         expected="Weights that hold the change, or the adapter beside them.",
         fix=f"ll.merge(model.float(), limit={limit:g})",
     )
+
+
+def refuse_tied(model: nn.Module, chosen: list[finding.Found]) -> None:
+    """Raise for layers that share a weight: merged they would hold two, and a file of the model has room for one."""
+    shared = tied(model)
+    if f := next((f for f in chosen if f.path in shared), None):
+        raise LoraLiteError(
+            f"{f.path} shares its weight with {some(shared[f.path])}.",
+            expected="A weight of its own for each layer: merging would end the tie, and adapters differ.",
+            fix="ll.save(model, path)  # it is kept, and runs, as an adapter",
+        )
 
 
 def dense_dtype(model: nn.Module, layer: Layer) -> torch.dtype:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from ..contract import rows
 from ..contract.adapter import Adapter
-from ..errors import LoraLiteError, LoraLiteWarning
+from ..errors import LoraLiteError, LoraLiteWarning, some
 from ..mathematics.maps import distinct
 from ..sites.model import unwrapped
 from ..sites.quantised import keep_trainable
 from ..sites.routing import batch_first, routed
 from .finding import Found, adapters, present
 from .gains import gains
+from .untouched import base_tensors
 
 
 def repair(model: nn.Module) -> list[str]:
@@ -183,7 +184,15 @@ def param_groups(model: nn.Module, lr: float | None = None, weight_decay: float 
 
     lr            for every adapter; None takes each config's recommended one. A tensor that declares its own keeps it
     weight_decay  for the tensors that declare `decay`; all others get 0
+    Warns of parameters of the base that ask for a gradient: they stand in no group.
     """
+    if trained := [name for name, p in base_tensors(unwrapped(model)).items() if p.requires_grad]:
+        warnings.warn(
+            f"{some(trained)} of the base ask for a gradient and stand in no group of param_groups. To train them: "
+            f'[*ll.param_groups(model), {{"params": [model.get_parameter(name) for name in {trained[:12]}]}}]',
+            LoraLiteWarning,
+            stacklevel=2,
+        )
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for found in present(model, None):
         specs = found.adapter.specs()

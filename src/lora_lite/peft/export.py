@@ -11,9 +11,11 @@ from typing import Any
 from torch import nn
 
 from ..core import finding
-from ..errors import LoraLiteError
+from ..core.untouched import warn_left_out
+from ..errors import LoraLiteError, some
 from ..sites.layer import is_conv1d
 from ..sites.model import unwrapped
+from ..sites.obstacles import expert_parameters
 from .folder import refuse_folder, write_folder
 from .layout import exactly
 from .native import as_native, native_obstacle
@@ -82,6 +84,8 @@ def export_peft(
         )
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise LoraLiteError(f"rank={rank!r} is no rank.", expected="An integer of at least 1, or None.", fix="rank=16")
+    refuse_moved(model, found)
+    warn_left_out(model, found[0].adapter.group.base, f"{folder}")
     obstacle = "plain LoRA was asked for" if plain or rank is not None else native_obstacle(found)
     by_layer: ByLayer = {}
     for f in found:
@@ -92,6 +96,22 @@ def export_peft(
         (options, tensors), errors, notes = as_native(found), {}, ()
     write_folder(folder, finished(model, by_layer, options), tensors)
     return Exported(folder, options["peft_type"], options["r"] if obstacle else None, errors, notes)
+
+
+MOVED = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
+"""Names of targets that PEFT takes for those of a model's experts, as transformers 4 had them, where experts are parameters."""
+
+
+def refuse_moved(model: nn.Module, found: list[finding.Found]) -> None:
+    """Raise where PEFT would put the adapter of a layer on the experts beside it and compute something else."""
+    moved = [f.path for f in found if f.path.rpartition(".")[2] in MOVED]
+    if moved and expert_parameters(model):
+        raise LoraLiteError(
+            f"PEFT takes {some(dict.fromkeys(path.rpartition('.')[2] for path in moved))} for names of this model's experts.",
+            expected="It would adapt those in the place of " + some(moved) + ", and compute something else.",
+            fix="ll.save(model, path)  # a file of this library; for PEFT: attach with "
+            f"exclude={tuple(dict.fromkeys(path.rpartition('.')[2] for path in moved))!r}",
+        )
 
 
 def finished(model: nn.Module, by_layer: ByLayer, options: dict[str, Any]) -> dict[str, Any]:

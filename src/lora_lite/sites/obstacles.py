@@ -39,8 +39,9 @@ def expert_counts(module: nn.Module) -> set[int]:
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """{path: parameter} of what a module holds for all its experts at once: (experts, ., .), or the rows of all of them."""
     found = {}
+    on_layers = {id(part) for layer in model.modules() if is_linear(layer) for part in layer.modules()}
     for path, module in model.named_modules():
-        if isinstance(module, OTHERS) or is_linear(module):
+        if isinstance(module, OTHERS) or id(module) in on_layers:
             continue
         counts, inside = expert_counts(module), any("experts" in name.lower() for name in path.split("."))
         for name, parameter in module.named_parameters(recurse=False):
