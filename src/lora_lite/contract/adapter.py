@@ -99,7 +99,8 @@ class Adapter(Method):
 
     def install(self, layer: Layer, path: str, group: Group) -> None:
         """Hang under the layer as a child of the group's name, in train or eval mode as the layer is."""
-        self.train(layer.training).path, self.group, self.hung_as = path, group, group.child
+        self.path, self.group, self.hung_as = path, group, group.child
+        self.train(layer.training)
         group.paths.add(path)
         layer.add_module(group.child, self)
         self.hook(layer)
