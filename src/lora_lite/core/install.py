@@ -56,7 +56,7 @@ def planned(cls: type[Adapter], targets: dict[str, Layer], cfg: AdapterConfig) -
     plain = cfg.without_patterns()
     for path, layer in targets.items():
         rank = cfg.rank_at(path)
-        own = plain if rank == plain.r else dataclasses.replace(plain, r=rank)
+        own = plain if rank == plain.r else cfg.for_layer(path).without_patterns()
         lowered: dict[str, Any] = {}
         for attempt in range(LOWERINGS):
             try:

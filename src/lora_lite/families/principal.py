@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..calibration.enough import require_tokens, resolved
+from ..calibration.enough import require_rank, require_tokens, resolved
 from ..calibration.statistics import Stats, sketch_matrix
 from ..mathematics.spectrum import nystrom, top_eigenvectors
 
@@ -53,6 +53,22 @@ def principal(names: tuple[str, ...], stats: Stats, path: str, count: int, cente
         known[S] = V[:, :count].clone(), values[:count].clamp(min=0) / max(variance, floor)
     V, shares = known[S]
     return V[:, :count], shares[:count]
+
+
+def directions(names: tuple[str, ...], stats: Stats, path: str, count: int, center: bool = True) -> tuple[Tensor, Tensor]:
+    """`principal`. Raises LoraLiteError where fewer than `count` of them are more than rounding."""
+    V, shares = principal(names, stats, path, count, center)
+    require_rank(int((shares > 0).sum()), path, count, "its principal directions")
+    return V, shares
+
+
+def dealt(shares: Mapping[str, Tensor], each: int) -> dict[str, int]:
+    """`allotted` of `each` times as many ranks as paths. Raises LoraLiteError where too few shares are more than rounding."""
+    standing, total = {path: q[q > 0] for path, q in shares.items()}, each * len(shares)
+    if sum(map(len, standing.values())) < total:
+        for path, q in standing.items():
+            require_rank(len(q), path, each, "r principal directions")
+    return allotted(standing, total)
 
 
 def allotted(shares: Mapping[str, Tensor], total: int) -> dict[str, int]:

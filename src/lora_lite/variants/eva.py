@@ -15,11 +15,10 @@ differs   exact moments, the limit of the codes' incremental SVD; A does not dec
 
 from dataclasses import replace
 
-from ..calibration import require_rank
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
 from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract.limits import refuse_rank
-from ..families.principal import allotted, principal, required
+from ..families.principal import dealt, directions, principal, required
 from ..mathematics import add_low_rank
 
 
@@ -68,17 +67,12 @@ class EVA(Adapter):
     def ranks(adapters: Any, stats: Any, cfg: EVAConfig) -> dict[str, int]:
         most = {path: min(round(cfg.rho * cfg.r), a.d_in, a.d_out) for path, a in adapters.items()}
         shares = {p: principal(adapters[p].needs(cfg), stats, p, k, cfg.center)[1] for p, k in most.items()}
-        shares = {p: q[q > 0] for p, q in shares.items()}  # the others are rounding
-        if sum(map(len, shares.values())) < cfg.r * len(adapters):
-            for path, q in shares.items():
-                require_rank(len(q), path, cfg.r, "r principal directions")
-        return allotted(shares, cfg.r * len(adapters))
+        return dealt(shares, cfg.r)
 
     @staticmethod
     def group_init(adapters: Any, stats: Any, cfg: EVAConfig) -> None:
         for path, a in adapters.items():
-            V, q = principal(a.needs(cfg), stats, path, a.cfg.r, cfg.center)
-            require_rank(int((q > 0).sum()), path, a.cfg.r, "its principal directions")
+            V, q = directions(a.needs(cfg), stats, path, a.cfg.r, cfg.center)
             a.A.copy_(V.T)
             a.report["explained"] = float(q.sum())
 
