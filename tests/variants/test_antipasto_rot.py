@@ -358,4 +358,4 @@ def test_trained_and_frozen_numbers():
 )
 def test_bad_options_are_refused(fields, message):
     with pytest.raises(ll.LoraLiteError, match=message):
-        adapted(config(**fields))
+        adapted(config(targets=("o_proj",), **fields))

@@ -273,9 +273,9 @@ def test_bad_options_are_refused():
         with pytest.raises(ll.LoraLiteError, match=rf"group_size={size}\) cannot be built. group_size is even and at least 2"):
             ll.RoAdConfig(group_size=size)
     with pytest.raises(ll.LoraLiteError, match=r"(?s)o_proj.*group_size=12.*an even divisor of 32.*group_size=8"):
-        adapted(ll.RoAdConfig(group_size=12))
+        adapted(ll.RoAdConfig(group_size=12, targets=("o_proj",)))
     with pytest.raises(ll.LoraLiteError, match=r"(?s)o_proj.*group_size=16.*an even divisor of 30.*group_size=10"):
-        adapted(ll.RoAdConfig(group_size=16), d_out=30)
+        adapted(ll.RoAdConfig(group_size=16, targets=("o_proj",)), d_out=30)
     for size in (None, 2):
         with pytest.raises(ll.LoraLiteError, match=r"(?s)o_proj.*an even divisor of 31, and there is none.*exclude="):
             adapted(ll.RoAdConfig(group_size=size), d_out=31)
