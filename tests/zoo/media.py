@@ -9,7 +9,7 @@ PIXELS = {"batch": "pixels"}
 STAGES = {"depths": [1, 1], "embed_dim": 16, "num_heads": [2, 4], "window_size": 4, "image_size": 32, "patch_size": 4}
 WAV = {
     **BODY, "conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 4), "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2, "vocab_size": 96, **IDS,
+    "num_conv_pos_embedding_groups": 2, "apply_spec_augment": False, "vocab_size": 96, **IDS,
 }  # fmt: skip
 TOWER_TEXT = {**BODY, "vocab_size": 96, "max_position_embeddings": 64, **IDS}
 CLIP = {**VIT, "model_type": "clip_vision_model"}
@@ -35,7 +35,8 @@ VISION_ONLY = [
     Row("beit", "ImageClassification", VIT, vocab_size=96, **PIXELS),
     Row("swin", "ImageClassification", STAGES, **PIXELS),
     Row("swinv2", "ImageClassification", STAGES, **PIXELS),
-    Row("convnext", "ImageClassification", num_stages=2, hidden_sizes=[16, 32], depths=[1, 1], **PIXELS),
+    Row("convnext", "ImageClassification", num_stages=2, hidden_sizes=[16, 32], depths=[1, 1], layer_scale_init_value=1.0,
+        **PIXELS),
     Row("dinov2", "ImageClassification", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2,
         image_size=32, patch_size=16, **PIXELS),
     Row("dinov3_vit", "Model", VIT, **PIXELS),
@@ -44,7 +45,7 @@ VISION_ONLY = [
     Row("segformer", "ImageClassification", num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 32],
         patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], **PIXELS),
     Row("mobilevit", "ImageClassification", hidden_sizes=[16, 20, 24], neck_hidden_sizes=[8, 8, 16, 16, 20, 24, 32],
-        num_attention_heads=2, image_size=32, **PIXELS),
+        num_attention_heads=2, image_size=32, output_stride=8, initializer_range=0.2, **PIXELS),
     Row("resnet", "ImageClassification", embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic",
         **PIXELS),
     Row("yolos", "ObjectDetection", VIT, image_size=[32, 32], num_detection_tokens=4, **PIXELS),
@@ -60,7 +61,8 @@ AUDIO = [
     Row("wavlm", "CTC", WAV, batch="waveform"),
     Row("data2vec-audio", "Model", {**WAV, "num_conv_pos_embeddings": 2}, name="data2vec_audio", conv_pos_kernel_size=3,
         batch="waveform"),
-    Row("wav2vec2-bert", "Model", BODY, name="wav2vec2_bert", feature_projection_input_dim=8, vocab_size=96, batch="frames"),
+    Row("wav2vec2-bert", "Model", BODY, name="wav2vec2_bert", feature_projection_input_dim=8, apply_spec_augment=False,
+        vocab_size=96, batch="frames"),
     Row("audio-spectrogram-transformer", "AudioClassification", BODY, name="ast", max_length=24, num_mel_bins=16, patch_size=8,
         frequency_stride=8, time_stride=8, batch="spectral values"),
 ]  # fmt: skip
@@ -71,7 +73,8 @@ VISION_LANGUAGE = [
         batch="text and image"),
     Row("paligemma", "ImageTextToText", text_config=GEMMA_TEXT, vision_config=SIGLIP, projection_dim=32, image_token_index=95,
         batch="tokens and types"),
-    Row("llava", "ImageTextToText", text_config=LLAMA_TEXT, vision_config=CLIP, image_token_index=95, batch="image in text"),
+    Row("llava", "ImageTextToText", text_config=LLAMA_TEXT, vision_config=CLIP, image_token_index=95,
+        vision_feature_layer=-1, batch="image in text"),
     Row("gemma3", "ImageTextToText", text_config={**GEMMA_TEXT, "model_type": "gemma3_text"}, vision_config=SIGLIP,
         mm_tokens_per_image=4, image_token_index=95, batch="image in text"),
     Row("smolvlm", "ImageTextToText", text_config=LLAMA_TEXT, vision_config=VIT, image_token_id=95, scale_factor=2,

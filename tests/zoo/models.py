@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .decoders import DENSE, EXPERT, STATE
 from .encoders import ENCODER, ENCODER_DECODER
@@ -24,6 +25,14 @@ FAMILIES = {
 }
 ZOO: dict[str, Row] = {row.name: row for rows in FAMILIES.values() for row in rows}
 FAMILY = {row.name: family for family, rows in FAMILIES.items() for row in rows}
+
+
+@torch.no_grad()
+def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The floating tensors of one pass; what draws at random in eval mode too (vilt, vit_mae) draws the same at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tensors(model(**batch))
 
 
 def tensors(output: object, name: str = "output") -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class Row:
 
     def build(self) -> nn.Module:
         """The model in eval mode, with the same random weights at every call."""
-        return seeded(self.make).eval()
+        return seeded(lambda: lively(self.make())).eval()
 
     def make(self) -> nn.Module:
         config = CONFIG_MAPPING[self.kind](**copy.deepcopy(self.sizes))
@@ -46,6 +46,14 @@ class Row:
 
     def batch(self) -> dict[str, Tensor]:
         return BATCHES[self.kind_of_batch]()
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Parameters that start at zero (biases, gates, gemma3's way from images to text) are drawn, else nothing passes them."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 class TorchRow(Row):
