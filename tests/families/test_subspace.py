@@ -322,7 +322,7 @@ def test_bad_data_is_refused():
     with pytest.raises(ll.LoraLiteError, match="o_proj: the mean outputs on positive and negative data are equal"):
         ll.attach(model, contrasted, {"positive": toy.batches(I), "negative": toy.batches(I)})
     with pytest.raises(ll.LoraLiteError, match="r=25 is larger"):
-        ll.attach(model, ll.AntiPaSTOConfig(r=25))
+        ll.attach(model, ll.AntiPaSTOConfig(r=25, targets=("o_proj",)))
 
 
 def test_the_bias_cancels_in_the_contrast():

@@ -75,7 +75,7 @@ def test_attention_maps_of_a_model_that_makes_no_attention_calls():
             return self.o_proj(self.attention(x, x, x)[0])
 
     model = toy.seeded(Classic)
-    ll.attach(model, ll.config("lora", targets=("o_proj$",), exclude=("attention",)))
+    ll.attach(model, ll.config("lora", targets=("o_proj",), exclude=("attention",)))
     x = toy.inputs(2, 5, 24)
     refusal(
         lambda: captured(model, O.HeadDiversity(), call=lambda m: m(x)), "'diversity'", "nn.MultiheadAttention", model=model
@@ -235,7 +235,7 @@ def test_delta_objectives_without_a_weight_change():
         refusal(lambda: O.DeltaNorm()(seen), "'delta_norm'", "coefficient per sample")
     with torch.no_grad():
         next(iter(other.layers.values())).B.fill_(torch.inf)
-    refusal(lambda: O.DeltaNorm()(seen), "'other' holds numbers", "not finite")
+    refusal(lambda: O.DeltaNorm()(seen), "Adapter 'other'", "holds numbers that are not finite", "not finite")
 
 
 def test_of_many_modules_some_are_named():

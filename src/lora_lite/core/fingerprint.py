@@ -24,7 +24,7 @@ def fingerprint(layer: Layer, version: int = VERSION) -> dict[str, Any]:
 
     Such a stride comes to every column and every row. Numbers are compared as numbers: a base that holds them in a wider dtype
     is the same base. Of a packed weight the format, and a hash of every tensor it consists of, take the place of the numbers.
-    Files of versions 1 to 3 hold the dtype and other samples of the weight alone.
+    The dtype stands beside them to be read. Files of versions 1 to 3 are compared by it, and by other samples of the weight.
     """
     if is_packed(layer):
         stored, tensors = parts(layer)
@@ -32,10 +32,9 @@ def fingerprint(layer: Layer, version: int = VERSION) -> dict[str, Any]:
         sha256 = hashlib.sha256(hashes.encode()).hexdigest()[:32]
         return {"shape": list(reversed(sizes(layer))), "dtype": stored, "sha256": sha256} | bias_of(layer, version)
     weight = whole(layer.weight.detach())
-    if version < 4:
-        dtype = str(weight.dtype).removeprefix("torch.")
-        return {"shape": list(weight.shape), "dtype": dtype, "sha256": digest(sampled(weight, version))}
-    return {"shape": list(weight.shape), "sha256": digest(sampled(weight, version).double())} | bias_of(layer, version)
+    numbers = sampled(weight, version) if version < 4 else sampled(weight, version).double()
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return {"shape": list(weight.shape), "dtype": dtype, "sha256": digest(numbers)} | bias_of(layer, version)
 
 
 def bias_of(layer: Layer, version: int) -> dict[str, Any]:
@@ -87,11 +86,12 @@ def changes_of_base(targets: dict[str, Layer], saved: dict[str, Any], version: i
     """'path (what differs)' of every layer whose weight has another fingerprint than the saved one."""
     different = []
     for layer_path, layer in targets.items():
-        here = fingerprint(layer, version)
-        for field in ("shape", "dtype", "sha256", "bias"):
-            if here.get(field) != saved[layer_path].get(field):
-                told = f"{field} {here.get(field)}, saved {saved[layer_path].get(field)}"
-                what = {"sha256": "content", "bias": "bias"}.get(field, told)
-                different.append(f"{layer_path} ({what})")
+        here, there = fingerprint(layer, version), saved[layer_path]
+        formats = [one.get("dtype") for one in (here, there)]
+        dense = version >= 4 and all(isinstance(getattr(torch, str(name), None), torch.dtype) for name in formats)
+        for field in ("shape", *(() if dense else ("dtype",)), "sha256", "bias"):
+            if here.get(field) != there.get(field):
+                told = f"{field} {here.get(field)}, saved {there.get(field)}"
+                different.append(f"{layer_path} ({dict(sha256='content', bias='bias').get(field, told)})")
                 break
     return different

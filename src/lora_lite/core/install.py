@@ -56,10 +56,11 @@ def planned(cls: type[Adapter], targets: dict[str, Layer], cfg: AdapterConfig) -
     plain = cfg.without_patterns()
     for path, layer in targets.items():
         rank = cfg.rank_at(path)
-        own = plain if rank == plain.r else cfg.for_layer(path).without_patterns()
+        own = plain
         lowered: dict[str, Any] = {}
         for attempt in range(LOWERINGS):
             try:
+                own = plain if rank == plain.r else cfg.for_layer(path).without_patterns()
                 cls.param_specs(*sizes(layer), dataclasses.replace(own, **lowered) if lowered else own)
                 break
             except LoraLiteError as error:

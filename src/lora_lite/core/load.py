@@ -64,7 +64,8 @@ def load(
         adapters = build_all(cls, targets, configs_of(cfg, places(stored, moved, tensors, cfg.r), targets))
         restore(path, adapters, tensors, redrawn(path, adapters, cfg.seed, stored.drawn))
         prepared.append((called, cfg, targets, adapters, Lineage(**stored.lineage)))
-    warn_other_rest(model, path, file)
+    if strict_base:
+        warn_other_rest(model, path, file)
     handles: dict[str, Attached] = {}
     try:
         for called, cfg, targets, adapters, lineage in prepared:

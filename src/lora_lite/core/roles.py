@@ -22,24 +22,27 @@ INNER = "inner"
 """The role of a layer that neither reads nor writes the residual stream, such as the second factor of a low-rank projection."""
 
 
-def residual_widths(model: nn.Module, layers: dict[str, Layer], lists: dict[str, list[str]]) -> dict[str, int]:
-    """{path of a list of blocks, "" outside of any: residual width}.
+def residual_widths(model: nn.Module, layers: dict[str, Layer], lists: dict[str, list[str]]) -> dict[str, int | None]:
+    """{path of a list of blocks, "" outside of any: residual width, None where it cannot be told}.
 
-    The width that the nearest configuration names, where layers have it, else the one that most sides of layers have.
+    The width that the nearest configuration names, where layers have it, else the one that more sides of layers have than any
+    other.
     """
     modules = dict(model.named_modules())
     members: dict[str, list[str]] = {}
     for path in layers:
         place = block_index(path, lists)
         members.setdefault(place[0] if place else "", []).append(path)
-    found = {}
+    found: dict[str, int | None] = {}
     for name, paths in members.items():
         sides = Counter(side for path in paths for side in sizes(layers[path]))
         parts = name.split(".") if name else []
         owners = [modules[".".join(parts[:k])] for k in range(len(parts), -1, -1)]
         configs = [getattr(owner, "config", None) for owner in owners]
         named = [getattr(config, width, None) for config in configs if config is not None for width in WIDTHS]
-        found[name] = next((n for n in named if isinstance(n, int) and n in sides), sides.most_common(1)[0][0])
+        (most, count), *rest = sides.most_common(2)
+        clear = most if not rest or rest[0][1] < count else None
+        found[name] = next((n for n in named if isinstance(n, int) and n in sides), clear)
     return found
 
 
@@ -51,7 +54,7 @@ def roles(model: nn.Module, layers: dict[str, Layer], lists: dict[str, list[str]
         place = block_index(path, lists)
         width = widths[place[0] if place else ""]
         reads, writes = (side == width for side in sizes(layer)) if not any_fits(INNERS, path_end(path)) else (False, False)
-        if reads and writes:
+        if width is None or (reads and writes):
             found[path] = (
                 "writer" if any_fits(WRITERS, path_end(path)) else "reader" if any_fits(READERS, path_end(path)) else None
             )
