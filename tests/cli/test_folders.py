@@ -112,7 +112,8 @@ def test_a_bias_that_the_architecture_lacks_is_refused(place, tmp_path, monkeypa
     handle = ll.attach(model, ll.config("lora", r=2, targets=("down_proj",)))
     layer = next(iter(handle.layers))
 
-    def growing(model):
+    def growing(model, limit):
+        assert limit is None
         ll.merge(model)
         model.get_submodule(layer).bias = torch.nn.Parameter(torch.ones(32), requires_grad=False)
 

@@ -26,6 +26,7 @@ from lora_lite.core.fingerprint import digest
 from lora_lite.testing import toy
 from lora_lite.testing.checks import demand_same, photograph
 from tests.core.test_messages import refusal
+from tests.oracles.files import entry, own, rewrite, rewrite_entry
 
 R = 8
 WHOLE = {"A": (R, 48), "B": (48, R)}  # the widest input and output of the toy
@@ -284,9 +285,9 @@ def content_bytes(path):
 def test_file_holds_the_pair_once_or_not_at_all(tmp_path, save_shared, pair):
     path = tmp_path / "a.safetensors"
     ll.save(attached(save_shared=save_shared), path)
-    own = 2 * (32 + 24 + 48 + 24) + 8 * R
-    assert content_bytes(path) == 4 * (own + pair)
-    assert {key for key in read(path)[1] if key.startswith("*")} == ({"*.A", "*.B"} if save_shared else set())
+    vectors = 2 * (32 + 24 + 48 + 24) + 8 * R
+    assert content_bytes(path) == 4 * (vectors + pair)
+    assert {key for key in own(path) if key.startswith("*")} == ({"*.A", "*.B"} if save_shared else set())
 
 
 def test_command_line_shows_the_shared_tensors_once(tmp_path, monkeypatch, capsys):
@@ -314,16 +315,6 @@ def drawn(tmp_path):
     return path, model
 
 
-def rewrite(path, tensors=None, **changes):
-    header, held = read(path)
-    content = serialized(held if tensors is None else tensors, header | changes)
-    write_atomically(path, content)
-
-
-def with_seed(path, seed):
-    return json.dumps(json.loads(read(path)[0]["config"]) | {"seed": seed})
-
-
 def test_what_the_file_leaves_out_is_drawn_again_to_the_bit(drawn):
     path, model = drawn
     fresh, x = toy.toy(), toy.inputs(3, 5, 24)
@@ -334,19 +325,19 @@ def test_what_the_file_leaves_out_is_drawn_again_to_the_bit(drawn):
     assert torch.equal(fresh(x), model(x))
     assert torch.equal(fresh.blocks[0].q_proj.default.A, model.blocks[0].q_proj.default.A)
     values = draws({f.path: f.adapter for f in finding.adapters(model)}, 0)
-    assert json.loads(read(path)[0]["drawn"]) == {key: digest(value) for key, value in values.items()}
+    assert entry(path)["drawn"] == {key: digest(value) for key, value in values.items()}
 
 
 def test_hash_of_other_numbers_is_refused(drawn):
     path, _ = drawn
-    hashes = json.loads(read(path)[0]["drawn"])
-    rewrite(path, drawn=json.dumps(hashes | {"B": hashes["A"]}))
+    hashes = entry(path)["drawn"]
+    rewrite_entry(path, drawn=hashes | {"B": hashes["A"]})
     refusal(lambda: ll.load(fresh, path), str(path), "B cannot be drawn again", "seed=0", model=(fresh := toy.toy()))
 
 
 def test_another_seed_is_refused(drawn):
     path, _ = drawn
-    rewrite(path, config=with_seed(path, 1))
+    rewrite_entry(path, config=entry(path)["config"] | {"seed": 1})
     refusal(lambda: ll.load(fresh, path), str(path), "A, B cannot be drawn again", "seed=1", model=(fresh := toy.toy()))
 
 
@@ -361,22 +352,22 @@ def test_another_generator_is_refused(drawn, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ('{"lambda_b": "00"}', "lambda_b cannot be drawn again"),
-        ('{"C": "00"}', "C cannot be drawn again"),
-        ("{}", "missing *.A, missing *.B"),
-        ("[]", "drawn is no table"),
+        ({"lambda_b": "00"}, "lambda_b cannot be drawn again"),
+        ({"C": "00"}, "C cannot be drawn again"),
+        ({}, "missing *.A, missing *.B"),
+        ([], "drawn of adapter 'default' is no dict"),
         ("{", "damaged header"),
     ],
 )
 def test_tampered_list_of_drawn_tensors(drawn, content, words):
     path, _ = drawn
-    rewrite(path, drawn=content)
+    rewrite_entry(path, drawn=content)
     refusal(lambda: ll.load(fresh, path), str(path), words, model=(fresh := toy.toy()))
 
 
 def test_drawn_and_stored_at_once_is_refused(drawn):
     path, _ = drawn
-    rewrite(path, tensors=read(path)[1] | {"*.A": torch.zeros(R, 48)})
+    rewrite(path, tensors=read(path)[1] | {"default/*.A": torch.zeros(R, 48)})
     refusal(lambda: ll.load(fresh, path), str(path), "unexpected *.A", model=(fresh := toy.toy()))
 
 
@@ -384,9 +375,8 @@ def test_a_model_cast_to_fewer_bits_and_back_stores_what_it_has(tmp_path):
     model = attached(save_shared=False).to(torch.bfloat16).float()
     path = tmp_path / "a.safetensors"
     ll.save(model, path)
-    header, tensors = read(path)
-    assert "drawn" not in header
-    assert {"*.A", "*.B"} <= set(tensors)
+    assert entry(path)["drawn"] == {}
+    assert {"*.A", "*.B"} <= set(own(path))
     fresh, x = toy.toy().to(torch.bfloat16).float(), toy.inputs(3, 5, 24)
     ll.load(fresh, path)
     assert torch.equal(fresh(x), model(x))
@@ -399,7 +389,7 @@ def test_a_model_in_fewer_bits_still_leaves_the_draw_out(tmp_path):
     model = attached(save_shared=False).to(torch.bfloat16)
     path = tmp_path / "a.safetensors"
     ll.save(model, path)
-    assert set(json.loads(read(path)[0]["drawn"])) == {"A", "B"}
+    assert set(entry(path)["drawn"]) == {"A", "B"}
     fresh = toy.toy().to(torch.bfloat16)
     ll.load(fresh, path)
     assert torch.equal(fresh.blocks[0].q_proj.default.A, model.blocks[0].q_proj.default.A)
@@ -422,9 +412,9 @@ def test_a_model_in_fewer_bits_still_leaves_the_draw_out(tmp_path):
 def test_shared_tensors_are_read_strictly(tmp_path, change, words):
     path = tmp_path / "a.safetensors"
     ll.save(attached(), path)
-    tensors = read(path)[1]
+    tensors = own(path)
     change(tensors)
-    rewrite(path, tensors=tensors)
+    rewrite(path, {f"default/{key}": tensor for key, tensor in tensors.items()})
     refusal(lambda: ll.load(fresh, path), str(path), words, model=(fresh := toy.toy()))
 
 
@@ -489,7 +479,7 @@ def test_half_precisions_that_do_not_contain_each_other(tmp_path):
     model = base()
     layers = ll.attach(model, ll.VeRAConfig(r=R)).layers
     ll.save(model, tmp_path / "a.safetensors")
-    assert read(tmp_path / "a.safetensors")[1]["*.A"].dtype is torch.float32
+    assert own(tmp_path / "a.safetensors")["*.A"].dtype is torch.float32
     for path, a in ll.load(base(), tmp_path / "a.safetensors").layers.items():
         assert torch.equal(a.A, layers[path].A)
         assert torch.equal(a.B, layers[path].B)
@@ -547,7 +537,7 @@ def test_start_is_given_the_whole_shape_once():
 
     with registry.borrowed(cls := variant(specs)):
         model = toy.toy().to(torch.bfloat16)
-        layers = ll.attach(model, cls.Config(r=2, rank_pattern={"up": 3})).layers
+        layers = ll.attach(model, cls.Config(r=2, rank_pattern={"up_proj": 3})).layers
     assert seen == [(3, 48, 48), (48,)]
     wholes = draws(layers, 0)
     for a in layers.values():

@@ -9,10 +9,12 @@ import safetensors.torch
 import torch
 
 import lora_lite as ll
+from lora_lite.core.checkpoint import read, serialized, write_atomically
 from lora_lite.core.fingerprint import WHOLE_BELOW, fingerprint
 from lora_lite.testing import toy
 from lora_lite.testing.checks import demand_same, photograph
 from tests.core.test_messages import refusal
+from tests.oracles.files import rewrite, rewrite_entry
 
 
 @pytest.fixture
@@ -20,32 +22,36 @@ def saved(tmp_path):
     """(path, the model it was saved from)."""
     model = toy.toy()
     toy.perturb(
-        ll.attach(model, ll.config("lora", r=4, targets=("q_proj", "down_proj"), rank_pattern={"down": 2}), name="style")
+        ll.attach(model, ll.config("lora", r=4, targets=("q_proj", "down_proj"), rank_pattern={"down_proj": 2}), name="style")
     )
     path = tmp_path / "adapter.safetensors"
     ll.save(model, path)
     return path, model
 
 
-def rewrite(path, **changes):
-    """The same file with other header entries."""
-    with safetensors.safe_open(str(path), framework="pt") as file:
-        header, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
-    safetensors.torch.save_file(tensors, path, metadata=header | changes)
-
-
 def test_file_says_what_it_is(saved):
     path, _model = saved
     with safetensors.safe_open(str(path), framework="pt") as file:
         header = file.metadata()
-        assert sorted(file.keys())[0] == "blocks.0.down_proj.A"
-        assert file.get_tensor("blocks.0.down_proj.A").shape == (2, 48)
-    assert header["variant"] == "lora"
-    assert header["name"] == "style"
-    assert json.loads(header["config"])["rank_pattern"] == {"down": 2}
-    base = json.loads(header["base"])["blocks.0.q_proj"]
-    assert base["shape"] == [32, 24]
-    assert base["dtype"] == "float32"
+        keys = [f"style/blocks.{n}.{p}.{t}" for n in (0, 1) for p in ("down_proj", "q_proj") for t in "AB"]
+        assert sorted(file.keys()) == keys
+        assert file.get_tensor("style/blocks.0.down_proj.A").shape == (2, 48)
+    assert set(header) == {"format", "version", "adapters", "base", "rest", "versions", "checksum"}
+    assert (header["format"], header["version"]) == ("lora_lite", "4")
+    ((name, said),) = json.loads(header["adapters"]).items()
+    assert name == "style"
+    assert set(said) == {"variant", "config", "layers", "groups", "lineage", "drawn"}
+    assert said["variant"] == "lora"
+    assert said["config"]["rank_pattern"] == {"down_proj": 2}
+    assert said["layers"] == {
+        f"blocks.{n}.{p}": {"rank": r, "experts": None, "transposed": False}
+        for n in (0, 1)
+        for p, r in (("q_proj", 4), ("down_proj", 2))
+    }
+    base = json.loads(header["base"])
+    assert set(base) == set(said["layers"])
+    assert set(base["blocks.0.q_proj"]) == {"shape", "sha256", "bias"}
+    assert base["blocks.0.q_proj"]["shape"] == [32, 24]
     assert json.loads(header["versions"])["torch"] == torch.__version__
 
 
@@ -83,48 +89,108 @@ def test_newer_format(saved):
 def test_unknown_and_other_variants(saved):
     path, _ = saved
     model = toy.toy()
-    rewrite(path, variant="lorra")
+    rewrite_entry(path, variant="lorra")
     refusal(lambda: ll.load(model, path), "no variant 'lorra'", "Closest name: lora", model=model)
-    rewrite(path, variant="dora")
+    rewrite_entry(path, variant="dora")
     refusal(lambda: ll.load(model, path), "has no field 'init'", model=model)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": "x"}, ("damaged header",)),
-        ({"layers": "["}, ("damaged header",)),
-        ({"base": "{}"}, ("incomplete header", "fingerprint")),
-        ({"layers": "[]", "base": "{}"}, ("incomplete header",)),
-        ({"config": '{"r": 4}'}, ("leaves out", "alpha", "full config")),
+        ({"version": "x"}, ("damaged header", "version")),
+        ({"adapters": "["}, ("damaged header",)),
+        ({"adapters": "[]"}, ("damaged header", "adapters is no table")),
+        ({"adapters": "{}"}, ("damaged header", "holds no adapter")),
+        ({"adapters": '{"style": []}'}, ("damaged header", "variant of adapter 'style' is no str")),
+        ({"adapters": "[" * 100_000}, ("damaged header",)),
+        ({"base": "{}"}, ("damaged header", "of adapter 'style' has no fingerprint")),
+        ({"base": "[]"}, ("damaged header", "base is no table")),
+        ({"base": "{"}, ("damaged header",)),
+        ({"versions": "3"}, ("damaged header", "versions is no table")),
+        ({"checksum": "00"}, ("is damaged", "not those that were written")),
     ],
+    ids=lambda value: next(iter(value.items()))[1][:12] if isinstance(value, dict) else "",
 )
 def test_damaged_headers(saved, changes, words):
     path, _ = saved
     rewrite(path, **changes)
     model = toy.toy()
+    refusal(lambda: ll.load(model, path), str(path), *words, model=model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"config": {"r": 4}}, ("leaves out", "alpha", "full config")),
+        ({"config": []}, ("config of adapter 'style' is no dict",)),
+        ({"layers": []}, ("layers of adapter 'style' is no dict",)),
+        ({"layers": {}}, ("adapter 'style' has no layers",)),
+        ({"layers": {"nowhere": {"rank": 4}}}, ("nowhere of adapter 'style'",)),
+        ({"layers": {"blocks.0.q_proj": {"rank": "4"}}}, ("blocks.0.q_proj of adapter 'style'",)),
+        ({"layers": {"blocks.0.q_proj": 4}}, ("blocks.0.q_proj of adapter 'style'",)),
+        ({"lineage": {"id": "x", "step": 0, "more": 1}}, ("lineage has more than id and step",)),
+        ({"drawn": []}, ("drawn of adapter 'style' is no dict",)),
+    ],
+)
+def test_damaged_entries_of_an_adapter(saved, changes, words):
+    path, _ = saved
+    rewrite_entry(path, **changes)
+    model = toy.toy()
+    refusal(lambda: ll.load(model, path), str(path), *words, model=model)
+
+
+@pytest.mark.parametrize("entry", ["version", "adapters", "base", "rest", "versions", "checksum"])
+def test_header_without_an_entry(saved, entry):
+    path, _ = saved
+    rewrite(path, without=(entry,))
+    model = toy.toy()
+    words = ("damaged header", "version") if entry == "version" else ("incomplete header", entry)
     refusal(lambda: ll.load(model, path), *words, model=model)
 
 
-def test_header_without_an_entry(saved):
+@pytest.mark.parametrize("entry", ["variant", "config", "layers", "groups", "lineage", "drawn"])
+def test_adapter_without_an_entry(saved, entry):
     path, _ = saved
-    with safetensors.safe_open(str(path), framework="pt") as file:
-        header, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
-    header.pop("variant")
-    safetensors.torch.save_file(tensors, path, metadata=header)
+    rewrite_entry(path, without=(entry,))
     model = toy.toy()
-    refusal(lambda: ll.load(model, path), "incomplete header", "variant", model=model)
+    refusal(lambda: ll.load(model, path), "damaged header", f"{entry} of adapter 'style'", model=model)
 
 
 @pytest.mark.parametrize(("damage", "word"), [(lambda t: t.int(), "is int32"), (lambda t: t * torch.nan, "is not finite")])
 def test_tensors_that_are_no_finite_numbers(saved, damage, word):
     path, _ = saved
-    with safetensors.safe_open(str(path), framework="pt") as file:
-        header, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
-    key = "blocks.1.q_proj.A"
-    safetensors.torch.save_file(tensors | {key: damage(tensors[key])}, path, metadata=header)
+    tensors, key = read(path)[1], "blocks.1.q_proj.A"
+    rewrite(path, tensors | {f"style/{key}": damage(tensors[f"style/{key}"])})
     model = toy.toy()
     refusal(lambda: ll.load(model, path), f"{key} {word}", model=model)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t: t | {"style/blocks.1.q_proj.A": t["style/blocks.1.q_proj.A"] + 1e-6},
+        lambda t: t | {"style/more": torch.zeros(1)},
+        lambda t: {key: value for key, value in t.items() if key != "style/blocks.0.q_proj.B"},
+        lambda t: t | {"style/blocks.0.q_proj.B": t["style/blocks.1.q_proj.B"]},
+        lambda t: t | {"style/blocks.0.q_proj.B": t["style/blocks.0.q_proj.B"].double()},
+        lambda t: t | {"style/blocks.0.q_proj.B": t["style/blocks.0.q_proj.B"].reshape(4, 32)},
+    ],
+    ids=["a number", "one more", "one less", "another's", "another dtype", "another shape"],
+)
+def test_tensors_other_than_those_written_are_told_by_their_checksum(saved, damage):
+    path, _ = saved
+    header, tensors = read(path)
+    write_atomically(path, serialized(damage(tensors), header))
+    model = toy.toy()
+    refusal(lambda: ll.load(model, path), str(path), "is damaged", "checksum", model=model)
+
+
+def test_tensors_of_no_adapter_are_refused(saved):
+    path, _ = saved
+    rewrite(path, read(path)[1] | {"other/blocks.0.q_proj.A": torch.zeros(4, 24)})
+    model = toy.toy()
+    refusal(lambda: ll.load(model, path), "other/blocks.0.q_proj.A of no adapter", "style", model=model)
 
 
 def test_another_base_names_the_layers(saved):
@@ -135,7 +201,7 @@ def test_another_base_names_the_layers(saved):
     refusal(lambda: ll.load(model, path), "another base", "blocks.1.q_proj (content)", "strict_base=False", model=model)
     ll.load(model, path, strict_base=False)
     half = toy.toy().to(torch.bfloat16)
-    refusal(lambda: ll.load(half, path), "dtype bfloat16, saved float32", model=half)
+    refusal(lambda: ll.load(half, path), "another base", "blocks.0.q_proj (content)", model=half)
 
 
 def test_large_weights_are_compared_by_a_sample_that_sees_every_training_step():
@@ -170,18 +236,6 @@ def test_sample_of_a_large_weight_has_a_number_of_every_row():
             layer.weight[row] += 0.5
         assert fingerprint(layer) != before
         before = fingerprint(layer)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_file_of_an_earlier_version_is_compared_by_its_own_sample(version, tmp_path):
-    path, cfg = tmp_path / "a.safetensors", ll.config("lora", r=2)
-    ll.save(ll.attach(torch.nn.Sequential(counted()), cfg).model, path)
-    rewrite(path, version=str(version), base=json.dumps({"0": fingerprint(counted(), version=version)}))
-    ll.load(torch.nn.Sequential(counted()), path)
-    other = torch.nn.Sequential(counted())
-    with torch.no_grad():
-        other[0].weight.mul_(1.001)
-    refusal(lambda: ll.load(other, path), "another base", "0 (content)", model=other)
 
 
 def test_another_architecture(saved):

@@ -1,14 +1,12 @@
 """VeRA against the paper's formula in dense float64 and against PEFT."""
 
-import json
-
 import pytest
 import torch
 
 import lora_lite as ll
-from lora_lite.core.checkpoint import read
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
+from tests.oracles.files import entry, own
 from tests.oracles.layer import (
     T64,
     adapted,
@@ -116,9 +114,8 @@ def test_file_holds_the_pair_once_or_its_hash(tmp_path):
         model = toy.toy()
         toy.perturb(ll.attach(model, ll.VeRAConfig(r=8, save_shared=save_shared)))
         ll.save(model, path)
-        header, tensors = read(path)
-        assert set(tensors) == names | ({"*.A", "*.B"} if save_shared else set())
-        assert set(json.loads(header.get("drawn", "{}"))) == (set() if save_shared else {"A", "B"})
+        assert set(own(path)) == names | ({"*.A", "*.B"} if save_shared else set())
+        assert set(entry(path)["drawn"]) == (set() if save_shared else {"A", "B"})
         fresh, x = toy.toy(), toy.inputs(3, 5, 24)
         ll.load(fresh, path)
         assert torch.equal(fresh(x), model(x))

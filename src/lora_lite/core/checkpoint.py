@@ -186,6 +186,8 @@ def format4(path: str | Path, version: int, header: dict[str, str], tensors: dic
         for entry, kind in OF_ADAPTER.items():
             if not isinstance(one, dict) or not isinstance(one.get(entry), kind):
                 raise ValueError(f"{entry} of adapter {name!r} is no {kind.__name__}")
+        if not one["layers"]:
+            raise ValueError(f"adapter {name!r} has no layers")
         refuse_lineage(one["lineage"])
         for place, said in one["layers"].items():
             if place not in base or not isinstance(said, dict) or not isinstance(said.get("rank"), (int, type(None))):
