@@ -50,34 +50,34 @@ LOWERINGS = 8  # of one layer's config
 def planned(cls: type[Adapter], targets: dict[str, Layer], cfg: AdapterConfig) -> Plan:
     """Which config each layer gets: under "all-linear" a layer too narrow for it takes the largest lawful rank or block.
 
-    Raises LoraLiteError, with the layer's path and sizes, for a config that a layer which was named does not allow.
+    Raises LoraLiteError, with the layer's path and sizes, for a config that no layer allows, or one that was named does not.
     """
     plan = Plan({}, {}, {})
     plain = cfg.without_patterns()
+    first: LoraLiteError | None = None
     for path, layer in targets.items():
         rank = cfg.rank_at(path)
-        own = plain
         lowered: dict[str, Any] = {}
         for attempt in range(LOWERINGS):
             try:
                 own = plain if rank == plain.r else cfg.for_layer(path).without_patterns()
-                cls.param_specs(*sizes(layer), dataclasses.replace(own, **lowered) if lowered else own)
+                own = dataclasses.replace(own, **lowered) if lowered else own
+                cls.param_specs(*sizes(layer), own)
+                plan.configs[path] = own
                 break
             except LoraLiteError as error:
+                told = LoraLiteError(f"{path} ({shape(layer)}): {error}")
                 if cfg.targets != "all-linear" or rank != cfg.r:
-                    raise LoraLiteError(f"{path} ({shape(layer)}): {error}") from error
+                    raise told from error
+                first = first or told
                 if not error.lawful or attempt == LOWERINGS - 1:
                     plan.unlawful[path] = str(error).split("\n")[0]
                     break
                 lowered |= error.lawful
-        if path in plan.unlawful:
-            continue
-        plan.configs[path] = dataclasses.replace(own, **lowered) if lowered else own
-        if lowered:
+        if lowered and path in plan.configs:
             plan.lowered[path] = ", ".join(f"{name}={value}" for name, value in lowered.items())
-    if not plan.configs:
-        path, why = next(iter(plan.unlawful.items()))
-        raise LoraLiteError(f"{path} ({shape(targets[path])}): {why}", found=f"So it is for all {len(targets)} layers.")
+    if first is not None and len(plan.lowered) == len(plan.configs):  # no layer takes it as it is: the config is at fault
+        raise first
     return plan
 
 
@@ -138,9 +138,7 @@ def refuse_name(earlier: list[finding.Found], targets: dict[str, Layer], name: s
     child = Group(name, AdapterConfig()).child
     for path, layer in targets.items():
         if hasattr(layer, child):
-            raise LoraLiteError(
-                f"An adapter cannot be called {name!r}: {path} has such an attribute.", fix=f'name="{name}_adapter"'
-            )
+            raise LoraLiteError(f"An adapter cannot be called {name!r}: {path} has such an attribute.", fix='name="style"')
 
 
 def refuse_non_finite(adapters: dict[str, Adapter]) -> None:

@@ -16,6 +16,7 @@ from .maps import (
     per_value,
     stretched,
     unit,
+    wide,
     without_bias,
 )
 from .rotations import block_product, block_turn, bounded, cayley_shift, reflections, skew
@@ -41,5 +42,6 @@ __all__ = [
     "stretched",
     "top_eigenvectors",
     "unit",
+    "wide",
     "without_bias",
 ]

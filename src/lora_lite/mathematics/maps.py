@@ -128,6 +128,11 @@ def unit(V: Tensor, dim: int, floor: float, length: float | Tensor = 1.0) -> Ten
     return V * (length / torch.linalg.vector_norm(V, dim=dim, keepdim=True).clamp(min=floor))
 
 
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in float32 or better: what is squared, divided or summed there stays in its range."""
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number is: one pass, as a sum is finite only if all are; a sum that overflows is looked at again."""
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())

@@ -22,7 +22,7 @@ import torch
 from ..contract import Adapter, AdapterConfig, ParamSpec, Specs, dataclass, register
 from ..contract.annotations import Any, Float, Parameter, Tensor
 from ..contract.spec import kaiming
-from ..mathematics import add_products, lin
+from ..mathematics import add_products, lin, wide
 
 LEAST = 2.0**-24  # of a row's norm, the smallest number of float16: rows of zeros keep a finite m/n
 
@@ -62,11 +62,11 @@ class DoRA(Adapter):
 
     def rescaled(self, base: Any) -> tuple[Float[Tensor, " o"], Float[Tensor, "o r"]]:
         """m/n - 1 and diag(m/n) B: that costs o r numbers per call, (m/n) * (B A x) would cost o per token."""
-        s, wide = self.s, torch.promote_types(self.n0.dtype, torch.float32)
+        (m,) = wide(self.m)
         with torch.no_grad():
-            A, B, n0 = self.A.to(wide), self.B.to(wide), self.n0.to(wide)
-            B0 = s * B / n0[:, None]  # of rows of length 1: no square leaves the range
+            A, B, n0 = wide(self.A, self.B, self.n0)
+            B0 = self.s * B / n0[:, None]  # of rows of length 1: no square leaves the range
             ratio2 = 1 + ((2 * base(A).T / n0[:, None] + B0 @ (A @ A.T)) * B0).sum(1)
-            n = n0 * ratio2.clamp(min=torch.finfo(wide).eps).sqrt()
-        gain = self.m.to(wide) / n
+            n = n0 * ratio2.clamp(min=torch.finfo(n0.dtype).eps).sqrt()
+        gain = m / n
         return gain - 1, gain[:, None] * self.B
