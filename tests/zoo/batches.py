@@ -48,6 +48,18 @@ def lagged() -> dict[str, Tensor]:
     return {**past, "future_values": numbers(2, 4), "future_time_features": numbers(2, 4, 1)}
 
 
+def packed() -> dict[str, Tensor]:
+    """Flux: an image as 16 patches on a grid of 4 x 4, behind text of 5 vectors."""
+    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    image = {"hidden_states": numbers(2, 16, 4), "img_ids": grid}
+    text = {"encoder_hidden_states": numbers(2, 5, 32), "pooled_projections": numbers(2, 32), "txt_ids": torch.zeros(5, 3)}
+    return {**image, **text, "timestep": torch.tensor([0.3, 0.7])}
+
+
+def noisy() -> dict[str, Tensor]:
+    return {"timestep": torch.tensor([3, 7])}
+
+
 def pixels(*frames: int) -> dict[str, Tensor]:
     return {"pixel_values": numbers(2, *frames, 3, 32, 32)}
 
@@ -69,6 +81,10 @@ BATCHES: dict[str, Callable[[], dict[str, Tensor]]] = {
     "patches": patches,
     "series": lambda: {"past_values": numbers(2, 16, 2)},
     "lagged series": lagged,
+    "noisy with text": lambda: {**noisy(), "sample": numbers(2, 4, 8, 8), "encoder_hidden_states": numbers(2, 5, 32)},
+    "noisy with class": lambda: {**noisy(), "hidden_states": numbers(2, 4, 8, 8), "class_labels": torch.tensor([1, 2])},
+    "packed with text": packed,
+    "x": lambda: {"x": pixels()["pixel_values"]},
     "input": lambda: {"input": numbers(2, 5, 32)},
     "vectors": lambda: {"src": numbers(2, 5, 32)},
     "two vectors": lambda: {"src": numbers(2, 5, 32), "tgt": numbers(2, 4, 32)},

@@ -17,7 +17,7 @@ HEAD = """# What "all-linear" takes
 
 For every architecture of the zoo: what `ll.attach(model, ll.config("lora", r=2))` adapts, what it skips and why, and what lies
 outside both.
-Written by `python -m tests.zoo.write`, held by tests/zoo/test_zoo.py: read the difference before you commit it.
+Written by `python -m tests.zoo.write`, held by tests/zoo/test_selection.py: read the difference before you commit it.
 `*` stands for a number in a path. "not called" is what this batch did not reach.
 """
 

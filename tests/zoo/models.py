@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .decoders import DENSE, EXPERT, STATE
 from .encoders import ENCODER, ENCODER_DECODER
 from .media import AUDIO, TIME_SERIES, VISION_LANGUAGE, VISION_ONLY
+from .others import OTHERS
 from .row import Row
 from .torchs import TORCH
 
@@ -22,6 +23,7 @@ FAMILIES = {
     "vision-language": VISION_LANGUAGE,
     "time series": TIME_SERIES,
     "torch": TORCH,
+    "other libraries": OTHERS,
 }
 ZOO: dict[str, Row] = {row.name: row for rows in FAMILIES.values() for row in rows}
 FAMILY = {row.name: family for family, rows in FAMILIES.items() for row in rows}

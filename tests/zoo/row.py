@@ -1,6 +1,7 @@
 """One architecture of the zoo as data, and how it becomes a model and a batch."""
 
 import copy
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,13 @@ class Row:
         self.sizes: dict[str, Any] = {}
         for part in (*sizes, own):
             self.sizes.update(part)
+
+    needs = "transformers"
+
+    @property
+    def here(self) -> bool:
+        """Whether the library that the model is of is installed."""
+        return importlib.util.find_spec(self.needs) is not None
 
     @property
     def generates(self) -> bool:
