@@ -36,7 +36,7 @@ from benchmarks.forecast.toto_like import forecasting_loss, patches, toto_adamw
 from lora_lite.errors import closest
 from lora_lite.observe.objectives import AttentionBarrier
 
-TARGETS = ("wQKV", "wO", r"mlp\.0", r"mlp\.2")
+TARGETS = ("wQKV", "wO", "mlp.0", "mlp.2")
 TIGHT = 40  # times the automatic alpha: alpha q95 = 20
 Make = Callable[[float, float], AttentionBarrier | None]
 

@@ -50,7 +50,7 @@ def test_file_says_what_it_is(saved):
     }
     base = json.loads(header["base"])
     assert set(base) == set(said["layers"])
-    assert set(base["blocks.0.q_proj"]) == {"shape", "sha256", "bias"}
+    assert set(base["blocks.0.q_proj"]) == {"shape", "dtype", "sha256", "bias"}
     assert base["blocks.0.q_proj"]["shape"] == [32, 24]
     assert json.loads(header["versions"])["torch"] == torch.__version__
 

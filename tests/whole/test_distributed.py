@@ -53,7 +53,8 @@ def a_sharded_model_is_saved_as_one_process_would_save_it(folder: Path) -> None:
         ):
             ll.save(model, folder / f"{name}_sharded")
         trained = [p.shape for p in plain.parameters() if p.requires_grad]
-        bases = [m.weight.shape for m in plain.modules() if isinstance(m, nn.Linear)]
+        linears = [m for m in plain.modules() if isinstance(m, nn.Linear)]
+        bases = [t.shape for m in linears for t in (m.weight, m.bias) if t is not None]
         assert sorted(call.args[0].shape for call in gather.call_args_list) == sorted(trained + bases)
         if rank() == 0:
             ll.save(plain, folder / f"{name}_plain")

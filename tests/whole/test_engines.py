@@ -9,7 +9,7 @@ import torch
 
 import lora_lite as ll
 from lora_lite.core import finding
-from lora_lite.core.checkpoint import read
+from lora_lite.core.checkpoint import contents
 from lora_lite.mathematics.maps import box
 from lora_lite.sites import quantised
 from lora_lite.testing import toy
@@ -92,7 +92,7 @@ def test_blocks_of_the_page_on_several_adapters_run(tmp_path, monkeypatch):
     for block in guide.blocks("several"):
         names = run(block)
     assert names["ll"].status(names["model"]).lost == []
-    assert read("style.safetensors")[0]["name"] == "style"
+    assert list(contents("style.safetensors").adapters) == ["style"]
 
 
 def test_accelerate_and_trainer_train_the_adapter_of_the_plain_loop(tmp_path, monkeypatch):

@@ -89,29 +89,48 @@ def uncalled(model: nn.Module) -> dict[str, str]:
     return found
 
 
+ABOUT = ("dtype", "device", "shape", "size", "ndim", "requires_grad", "is_meta")
+"""What is asked of a weight without using its numbers."""
+
+
 @functools.cache
 def read_only(kind: type[nn.Module]) -> frozenset[str]:
-    """Names of children whose weight or bias a class reads and which it never mentions otherwise."""
-    if kind.__module__.startswith("torch.nn.modules.container"):
-        return frozenset()
-    read: set[str] = set()
-    used: set[str] = set()
-    for base in kind.__mro__:
-        if base in (nn.Module, object) or not issubclass(base, nn.Module):
+    """Names of children whose weight or bias the forward of a class uses as numbers and which it never calls, by its source.
+
+    Followed are the methods that forward calls on itself. Nothing can be told where it hands itself to somebody else.
+    """
+    methods: dict[str, ast.FunctionDef] = {}
+    for base in reversed(kind.__mro__):
+        if base in (nn.Module, object) or not issubclass(base, nn.Module) or "modules.container" in base.__module__:
             continue
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-            own = tree.body[0]
-            if isinstance(own, ast.ClassDef):  # building and tying weights is no use of them
-                own.body = [part for part in own.body if getattr(part, "name", "") != "__init__"]
-        except (OSError, TypeError, SyntaxError, IndentationError):
+            own = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        except (OSError, TypeError, SyntaxError):
             return frozenset()
-        inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in ("weight", "bias")}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-                if isinstance(node.ctx, ast.Load):
-                    (read if id(node) in inner else used).add(node.attr)
-    return frozenset(read - used)
+        methods |= {part.name: part for part in getattr(own, "body", []) if isinstance(part, ast.FunctionDef)}
+    todo, seen, read, used = ["forward"], set(), set(), set()
+    while todo:
+        name = todo.pop()
+        if name in seen or name not in methods:
+            continue
+        seen.add(name)
+        nodes = list(ast.walk(methods[name]))
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        if any(isinstance(given, ast.Name) and given.id == "self" for call in calls for given in call.args):
+            return frozenset()
+        todo += [found for call in calls if (found := of_self(call.func))]
+        asked = {id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr in ABOUT}
+        numbers = [n for n in nodes if isinstance(n, ast.Attribute) and n.attr in ("weight", "bias") and id(n) not in asked]
+        inner = {id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr in ("weight", "bias")}
+        read |= {of_self(node.value) for node in numbers if isinstance(node.ctx, ast.Load)}
+        used |= {of_self(node) for node in nodes if id(node) not in inner}
+    return frozenset(read - {""} - used)
+
+
+def of_self(node: ast.AST) -> str:
+    """x of `self.x`, else ""."""
+    mine = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return node.attr if mine else ""  # type: ignore[attr-defined]
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:

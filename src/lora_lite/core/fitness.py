@@ -1,0 +1,48 @@
+"""What of a model can be adapted at all, and what "all-linear" leaves out though it could be: {path: reason}."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..sites import obstacles
+from ..sites.layer import Layer, sizes
+from ..sites.model import base_model, embeddings, linears, output_embeddings
+from .repairs import TIED
+
+
+def impossible(model: nn.Module) -> dict[str, str]:
+    """{path: why it cannot be adapted}: Linear-like layers, layers of unknown kind, and parameters that are no layers."""
+    found = {path: f"read, not called: {reader} uses its weight" for path, reader in obstacles.uncalled(model).items()}
+    found |= {
+        path: TIED + others[0] for path, others in obstacles.tied(model).items() if not set(others) <= linears(model).keys()
+    }
+    for path, layer in linears(model).items():
+        if path in found or layer.weight.is_meta:
+            continue
+        if odd := obstacles.odd_forward(layer):
+            found[path] = f"forward: {odd}"
+        elif min(sizes(layer)) < 2:
+            found[path] = f"narrow: {sizes(layer)[0]} -> {sizes(layer)[1]}"
+    for path in found.keys() & {p for p, layer in linears(model).items() if id(layer) in output_embeddings(model)}:
+        found[path] = f"output embedding, {found[path]}"
+    found |= {path: f"unknown kind: {type(m).__name__}" for path, m in obstacles.unknown_layers(model).items()}
+    found |= {
+        path: f"experts: a parameter of shape {tuple(parameter.shape)}, no Linear"
+        for path, parameter in obstacles.expert_parameters(model).items()
+    }
+    return found | {path: "attention: a parameter that is read" for path in obstacles.attention_parameters(model)}
+
+
+def unwanted(model: nn.Module, present: Mapping[str, Layer]) -> dict[str, str]:
+    """{path: reason} of layers that can be adapted and that "all-linear" leaves out."""
+    inside = {id(module) for module in base_model(model).modules()}
+    heads, rows = output_embeddings(model), embeddings(model)
+    found = {}
+    for path, experts in obstacles.routers(model).items():
+        found[path] = f"router: its output chooses among {experts}"
+    for path, layer in present.items():
+        if id(layer) in heads or id(layer.weight) in rows:
+            found[path] = "output embedding"
+        elif id(layer) not in inside:
+            found[path] = f"head: outside {type(base_model(model)).__name__}"
+    return found
