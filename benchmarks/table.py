@@ -15,6 +15,7 @@ import lora_lite as ll
 import lora_lite.variants
 from benchmarks.common.places import BASE, RESULTS, ROOT
 from benchmarks.compatibility import report as compatibility_report
+from benchmarks.compatibility import zoo
 from benchmarks.cost import report as cost_report
 from benchmarks.embedded.report import final
 from benchmarks.forecast import report as forecast_report
@@ -133,6 +134,7 @@ def pages() -> dict[Path, str]:
     for name, report in REPORTS.items():
         if found := record(name):
             made[ROOT / "docs" / f"{name}.md"] = report.page(found)
+    made[ROOT / "docs" / "compatibility.md"] += "\n" + zoo.section(ROOT / "tests" / "zoo" / "expected.md")
     made[ROOT / "docs" / "rooms.md"] = rooms.page()
     made[ROOT / "docs" / "sequential.md"] = page.page(figures.committed())
     return made

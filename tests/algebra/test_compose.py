@@ -14,6 +14,7 @@ from lora_lite.core.delta import Change
 from lora_lite.testing import toy
 from lora_lite.testing.checks import demand_same, error, photograph
 from tests.core.test_messages import refusal
+from tests.core.test_old_files import FILES
 
 PATHS = [f"blocks.{block}.{leaf}" for block in (0, 1) for leaf in ("q_proj", "o_proj", "up_proj", "down_proj")]
 
@@ -190,7 +191,7 @@ def test_gains_by_module_pattern_weigh_each_layer(chain):
 
 def test_the_numbers_of_a_route_with_group_scales():
     """Stable (1, 2), increments (10, 20) and (100, 200), b = 0.5, group scales of C (0.25, 0.75): 31 and 162."""
-    model = nn.ModuleDict({f"part_{i}": nn.Linear(1, 1, bias=False) for i in (1, 2)})
+    model = nn.ModuleDict({f"part_{i}": nn.Linear(2, 2, bias=False) for i in (1, 2)})
     handle = ll.attach(model, ll.config("lora", r=1, alpha=1.0))
     shots = []
     for numbers in ((1.0, 2.0), (11.0, 22.0), (111.0, 222.0)):
@@ -203,7 +204,8 @@ def test_the_numbers_of_a_route_with_group_scales():
     a, b, c = shots
     composed = ll.compose({a: 1.0, b - a: 0.5, c - b: {"part_1": 0.25, "part_2": 0.75}})
     ll.apply(model, composed, name="mix")
-    assert [float(ll.delta_weight(model, path)) for path in ("part_1", "part_2")] == [31.0, 162.0]
+    for path, number in (("part_1", 31.0), ("part_2", 162.0)):
+        assert torch.equal(ll.delta_weight(model, path), torch.full((2, 2), number))
 
 
 # --- truncation -------------------------------------------------------------------------------------------------------
@@ -437,17 +439,15 @@ def test_a_lineage_is_new_at_attach_and_goes_with_snapshots_and_files(chain, tmp
     assert ll.compose({a: 0.5}).lineage.id != a.lineage.id
 
 
-def test_a_file_without_lineage_starts_a_new_one(tmp_path):
-    from lora_lite.core.checkpoint import read, serialized, write_atomically
-
-    model = toy.one()
-    with toy.perturb(ll.attach(model, ll.config("lora", r=2))) as handle:
-        handle.save(tmp_path / "a.safetensors")
-    header, tensors = read(tmp_path / "a.safetensors")
-    del header["lineage"]
-    write_atomically(tmp_path / "old.safetensors", serialized(tensors, header))
-    with ll.load(model, tmp_path / "old.safetensors"):
-        assert ll.snapshot(model).lineage.id
+def test_a_file_without_lineage_starts_a_new_one():
+    """Files of version 1 had none."""
+    model = toy.one(8, 8)
+    lineages = []
+    for _ in range(2):
+        with ll.load(model, FILES / "version1.safetensors"):
+            lineages.append(ll.snapshot(model).lineage)
+    assert [lineage.step for lineage in lineages] == [0, 0]
+    assert len({lineage.id for lineage in lineages} - {""}) == 2
 
 
 def test_what_cannot_be_snapshot_or_applied_is_refused(chain):

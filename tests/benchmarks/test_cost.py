@@ -13,11 +13,12 @@ import torch
 import lora_lite as ll
 from benchmarks.common import measure
 from benchmarks.cost import bench as cost
-from benchmarks.cost import limit
-from benchmarks.cost.bench import Cost
+from benchmarks.cost import limit, subjects
 from benchmarks.cost.goals import GOALS, cell, controlled, ratio, reached
 from benchmarks.cost.peers import PEERS
 from benchmarks.cost.report import page, plot, table
+from benchmarks.cost.settings import Cost
+from benchmarks.cost.step import times
 from lora_lite.core import finding
 
 pytest.importorskip("peft")
@@ -83,23 +84,23 @@ def test_the_slow_take_fewer_turns_and_each_of_the_others_is_as_often_behind_the
 
     order: list[Toy] = []
     ids, bare, ours = torch.zeros(1, 4, dtype=torch.long), Toy(0.002), Toy(0.002)
-    found = cost.times({"bare": bare, "ours": ours, "peft": Toy(0.1)}, ids, 3)
+    found = times({"bare": bare, "ours": ours, "peft": Toy(0.1)}, ids, 3)
     assert [len(found[name]["step"]) for name in ("bare", "ours", "peft")] == [6, 6, 2]
     order.clear()
-    cost.times({"bare": bare, "ours": ours, "peft": (peft := Toy(0.002))}, ids, 2)
+    times({"bare": bare, "ours": ours, "peft": (peft := Toy(0.002))}, ids, 2)
     behind = [after for before, after in itertools.pairwise(order) if before is bare and after is not bare]
     assert behind == [ours, ours, peft, ours, peft]  # the first one warms up
     order.clear()
-    cost.times({"bare": bare, "ours": ours}, ids, 1, enough=0.1)
+    times({"bare": bare, "ours": ours}, ids, 1, enough=0.1)
     assert len(order) > 6 * 2
 
 
 @pytest.mark.parametrize("side", ["output", "input"])
 def test_extra_work_is_what_the_formula_needs(side):
     """lora: r (i + o) multiply-adds per token and three times that in a step; both factors, and its own side's activations."""
-    model, ids = cost.build("d512"), torch.zeros(1, 16, dtype=torch.long)
+    model, ids = subjects.build("d512"), torch.zeros(1, 16, dtype=torch.long)
     cfg = ll.config("lora", r=4, targets=("o_proj",)) if side == "output" else ll.config("hra", r=4, targets=("o_proj",))
-    work = limit.extra(cost.attached(model, cfg, ids)[0], limit.multiply_adds(model, ids), ids)
+    work = limit.extra(subjects.attached(model, cfg, ids)[0], limit.multiply_adds(model, ids), ids)
     tensors = 2 * 4 * (512 + 512) if side == "output" else 2 * 4 * 512  # two blocks
     assert work["forward"]["bytes"] == 4 * (tensors + 2 * 2 * 16 * 512)
     assert work["step"]["bytes"] == 4 * (3 * tensors + 2 * 4 * 16 * 512)
@@ -205,10 +206,10 @@ def test_whole_numbers_of_seconds_are_numbers_of_seconds():
 @pytest.mark.parametrize("name", sorted(PEERS))
 def test_peer_adapts_the_same_layers_with_the_same_method(name):
     """As many trained numbers as ours, where the method stores the same ones."""
-    model = cost.build("d512")
-    cfg = cost.variant_config(name, model)
-    theirs, _ = cost.peered(model, cfg)
-    ours, _ = cost.attached(model, cfg, torch.zeros(1, 64, dtype=torch.long) + torch.arange(64))
+    model = subjects.build("d512")
+    cfg = subjects.variant_config(name, model)
+    theirs, _ = subjects.peered(model, cfg)
+    ours, _ = subjects.attached(model, cfg, torch.zeros(1, 64, dtype=torch.long) + torch.arange(64))
     count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     stored_otherwise = {"boft", "randlora", "eva"}  # whole blocks and a scale; bases per layer; ranks by data
     assert count == ll.status(ours).trainable or name in stored_otherwise

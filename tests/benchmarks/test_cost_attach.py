@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks.cost import attach as cost_attach
-from benchmarks.cost.attach import Attach, attach_rows, count, exponent, growth_rows, large_rows, measured, spec_of
+from benchmarks.cost.attach import Attach, attach_rows, count, exponent, growth_rows, large_rows, spec_of
+from benchmarks.cost.attach_case import measured
 from benchmarks.cost.attach_report import section
 
 pytest.importorskip("peft")

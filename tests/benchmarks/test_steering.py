@@ -16,8 +16,10 @@ pytest.importorskip("typer")
 from benchmarks.common.places import RESULTS
 from benchmarks.embedded.run import Settings, load_base
 from benchmarks.steering import bench as steering
-from benchmarks.steering.bench import BYTE, CONTEXT, DUE, KL_LIMIT, OTHERWISE, Passages, Steering, places, score
+from benchmarks.steering.bench import BYTE, KL_LIMIT, score
+from benchmarks.steering.passages import DUE, OTHERWISE, Passages, calibration_data, places, prose
 from benchmarks.steering.report import at, summary
+from benchmarks.steering.settings import CONTEXT, Steering
 from tests import ROOT
 
 TINY = ["coeffs=-1", "calibration=4", "places=3", "windows=2", "window=80", "seeds=0,1"]
@@ -47,8 +49,8 @@ def test_rule_marks_where_backquotes_open_and_where_words_do_not():
 
 
 def test_rows_end_with_the_byte_before_a_place():
-    data = steering.prose()["validation"]
-    batches = steering.calibration_data(data, Steering(calibration=5))
+    data = prose()["validation"]
+    batches = calibration_data(data, Steering(calibration=5))
     for label, rule in (("positive", DUE), ("negative", OTHERWISE)):
         (rows,) = (batch["input_ids"] for batch in batches[label])
         assert rows.shape == (5, 64)
@@ -59,7 +61,7 @@ def test_rows_end_with_the_byte_before_a_place():
 def test_parts_of_the_prose_have_no_longer_paragraph_in_common():
     parts = [
         {" ".join(p.split()) for p in passage.decode().split("\n\n") if len(" ".join(p.split())) >= 40}
-        for passage in steering.prose().values()
+        for passage in prose().values()
     ]
     assert all(len(part) > 50 for part in parts)
     assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
@@ -67,7 +69,7 @@ def test_parts_of_the_prose_have_no_longer_paragraph_in_common():
 
 def test_scores_are_those_of_a_direct_computation():
     model, _ = load_base(Settings(device="cpu"))
-    passages = Passages.of(steering.prose()["validation"], Steering.parse(TINY, ""))
+    passages = Passages.of(prose()["validation"], Steering.parse(TINY, ""))
     base = steering.predictions(model, passages)
     handle = ll.attach(model, ll.config("antipasto_ablate", r=192, init_alpha=1.0, seed_direction="random"))
     with torch.no_grad():
@@ -91,7 +93,7 @@ def test_scores_are_those_of_a_direct_computation():
 
 
 def test_places_of_the_property_are_no_part_of_the_harm():
-    data = steering.prose()["validation"]
+    data = prose()["validation"]
     passages = Passages.of(data, Steering(windows=10**6))
     starts = torch.linspace(0, len(data) - 256, len(data) // 256).long()
     due = set(places(data, DUE))

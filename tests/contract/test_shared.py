@@ -2,7 +2,6 @@
 
 import copy
 import io
-import json
 import os
 import pickle
 import struct
@@ -21,7 +20,7 @@ from lora_lite.contract.adapter import Adapter
 from lora_lite.contract.shared import draws
 from lora_lite.contract.spec import kaiming, normal
 from lora_lite.core import finding
-from lora_lite.core.checkpoint import read, serialized, write_atomically
+from lora_lite.core.checkpoint import read
 from lora_lite.core.fingerprint import digest
 from lora_lite.testing import toy
 from lora_lite.testing.checks import demand_same, photograph

@@ -83,7 +83,7 @@ def test_several_adapters_leave_as_one(tmp_path):
 
 
 def test_ranks_by_layer_stay_in_peft_and_are_padded_in_plain_lora(tmp_path):
-    model, _ = attached("lora", rank_pattern={"q_proj": 2, "layers.1.*down": 3})
+    model, _ = attached("lora", rank_pattern={"q_proj": 2, "re:layers.1.*down": 3})
     ll.export_peft(model, tmp_path / "own")
     options, _ = read_folder(tmp_path / "own")
     assert sorted(options["rank_pattern"].values()) == [2, 2, 3]
@@ -233,7 +233,7 @@ class Nested(nn.Module):
 
 def test_paths_that_end_alike_do_not_take_each_other_along(tmp_path):
     model = toy.seeded(Nested)
-    perturb(ll.attach(model, ll.config("lora", r=2, targets=("^fc$",))))
+    perturb(ll.attach(model, ll.config("lora", r=2, targets=("re:^fc$",))))
     ll.export_peft(model, tmp_path / "a")
     theirs = quietly(peft.PeftModel.from_pretrained, toy.seeded(Nested), tmp_path / "a")
     x = toy.inputs(5, 8)

@@ -64,7 +64,7 @@ def load(
         adapters = build_all(cls, targets, configs_of(cfg, places(stored, moved, tensors, cfg.r), targets))
         restore(path, adapters, tensors, redrawn(path, adapters, cfg.seed, stored.drawn))
         prepared.append((called, cfg, targets, adapters, Lineage(**stored.lineage)))
-    if strict_base:
+    if strict_base and not paths:  # of renamed modules the hash has other names
         warn_other_rest(model, path, file)
     handles: dict[str, Attached] = {}
     try:
