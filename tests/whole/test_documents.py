@@ -184,11 +184,13 @@ def test_the_readme_is_short():
 
 def test_examples_of_everyday_use_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train, later, data = blocks("docs/use.md")
+    train, later, which, several, data = blocks("docs/use.md")
     names = {"torch": torch, "model": toy.seeded(Attention), "x": toy.inputs(3, 5, 24)}
     exec(train, names)
     names |= {"model": toy.seeded(Attention), "batches": [(toy.inputs(4, 6, 24),)]}
     exec(later, names)
+    exec(which, names)
+    exec(several, names)
     exec(data, names)
     assert len(ll.status(names["model"]).layers) == 3
 
