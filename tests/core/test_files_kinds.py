@@ -204,6 +204,34 @@ def test_other_weights_outside_the_adapted_layers_are_warned_of(tmp_path):
         ll.load(other, tmp_path / "a")
 
 
+def test_other_weights_in_a_wider_dtype_are_the_same(tmp_path):
+    make = lambda: toy.seeded(lambda: T.BertModel(T.BertConfig(**BERT)).eval()).bfloat16()  # noqa: E731
+    ll.attach(make(), ll.config("lora", r=2, targets=("query",))).save(tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ll.LoraLiteWarning)
+        ll.load(make().float(), tmp_path / "a")
+
+
+def test_weights_that_were_written_to_beside_the_adapter_are_named(tmp_path):
+    """As an edit of an embedding by hand, which asks for no gradient."""
+    model = toy.seeded(lambda: T.BertModel(T.BertConfig(**BERT)).eval())
+    handle = ll.attach(model, ll.config("lora", r=2, targets=("query",)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ll.LoraLiteWarning)
+        handle.save(tmp_path / "a")
+        ll.snapshot(model)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight += 1
+    with pytest.warns(ll.LoraLiteWarning, match=r"does not hold embeddings\.word_embeddings\.weight of the base"):
+        handle.save(tmp_path / "a")
+    with pytest.warns(ll.LoraLiteWarning, match=r"does not hold embeddings\.word_embeddings\.weight of the base"):
+        ll.snapshot(model)
+    model.to(torch.bfloat16)  # rounding is no edit
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ll.LoraLiteWarning)
+        ll.snapshot(model)
+
+
 def test_numbers_that_are_not_finite_never_write_over_a_good_file(tmp_path):
     model = toy.toy()
     handle = ll.attach(model, ll.config("lora", r=2))

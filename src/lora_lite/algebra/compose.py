@@ -9,6 +9,7 @@ import torch
 
 from ..contract.adapter import Adapter
 from ..contract.attachment import Lineage
+from ..contract.config import AdapterConfig
 from ..contract.pattern import exactly
 from ..core.gains import gains
 from ..errors import LoraLiteError, some
@@ -200,7 +201,7 @@ def on_outputs(members: Members) -> Snapshot:
     dtype = widest(members)
     cfg = EnsembleConfig(
         members=tuple(
-            json.dumps({"variant": member.cls.variant, "config": member.config.to_json(), "weights": at})
+            json.dumps({"variant": member.cls.variant, "config": ranked(member, adapters[member]).to_json(), "weights": at})
             for member, at in members.items()
         ),
         targets=tuple(exactly(path) for path in layers),
@@ -210,3 +211,9 @@ def on_outputs(members: Members) -> Snapshot:
     )
     base = {path: print_ for member in members for path, print_ in member.base.items()}
     return Snapshot("composed", Ensemble, cfg, tensors, layers, base, Lineage())
+
+
+def ranked(member: Snapshot, adapters: Mapping[str, Adapter]) -> AdapterConfig:
+    """The member's config with its layers' ranks by their paths; its own patterns may be a file's, which are never searched."""
+    other = {exactly(path): a.cfg.r for path, a in adapters.items() if a.cfg.r != member.config.r}
+    return dataclasses.replace(member.config.without_patterns(), **({"rank_pattern": other} if other else {}))

@@ -4,6 +4,7 @@ formula   y' = y + c sum_i c_i (f_i(x, y) - y),  f_i the layer with adapter i al
 """
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from ..contract import registry
 from ..contract.adapter import Adapter
 from ..contract.annotations import Any, Float, Tensor
 from ..contract.claims import Claims
-from ..contract.config import RanklessConfig
+from ..contract.config import AdapterConfig, RanklessConfig
 from ..contract.spec import ParamSpec
 
 
@@ -27,11 +28,19 @@ class EnsembleConfig(RanklessConfig):
     def for_layer(self, path: str) -> "EnsembleConfig":
         """With the members that the layer has, their configs and their weights for it alone."""
         there = [member for text in self.members if path in (member := json.loads(text))["weights"]]
-        return dataclasses.replace(self, members=tuple(at_layer(member, path) for member in there))
+        return dataclasses.replace(self, members=tuple(at_layer(member, path, of(member).for_layer(path)) for member in there))
+
+    def possible_at(self, path: str) -> "list[EnsembleConfig]":
+        there = [member for text in self.members if path in (member := json.loads(text))["weights"]]
+        options = [[at_layer(member, path, cfg) for cfg in of(member).possible_at(path)] for member in there]
+        return [dataclasses.replace(self.without_patterns(), members=chosen) for chosen in itertools.product(*options)]
 
 
-def at_layer(member: dict[str, Any], path: str) -> str:
-    cfg = registry.get(member["variant"]).Config.from_file(member["config"]).for_layer(path)
+def of(member: dict[str, Any]) -> AdapterConfig:
+    return registry.get(member["variant"]).Config.from_file(member["config"])
+
+
+def at_layer(member: dict[str, Any], path: str, cfg: AdapterConfig) -> str:
     return json.dumps({**member, "config": cfg.to_json(), "weights": {path: member["weights"][path]}})
 
 

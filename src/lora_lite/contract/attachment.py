@@ -34,7 +34,7 @@ class Untouched:
     """The base as the first attach found it, shared by all attaches until the last detach.
 
     flags    {name: requires_grad} of every parameter       buffers  {name: copy} of every buffer
-    samples  {name: hash of a sample} of the parameters of the base model that no adapter stands on
+    samples  {name: dtype and hash of a sample} of the base model's parameters
     """
 
     flags: dict[str, bool] = field(default_factory=dict)

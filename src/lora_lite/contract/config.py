@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union
 import torch
 
 from ..errors import LoraLiteError, closest
-from .pattern import fault, longest, spellings
+from .pattern import exactly, fault, longest, spellings
 
 C = TypeVar("C", bound="AdapterConfig")
 O = TypeVar("O", bound="Options")
@@ -147,6 +147,12 @@ class AdapterConfig(Options):
         rank = self.rank_at(path)
         return self if rank == self.r else dataclasses.replace(self, r=rank)
 
+    def possible_at(self: C, path: str) -> list[C]:
+        """The configs that `for_layer(path)` may give, one for each rank there is; no pattern is searched."""
+        ranks = [rank for rank in self.rank_pattern.values() if rank not in (0, self.r)]
+        alone = [{}, *({exactly(path): rank} for rank in dict.fromkeys(ranks))]
+        return [dataclasses.replace(self.without_patterns(), rank_pattern=p).for_layer(path).without_patterns() for p in alone]
+
     def lasting(self: C) -> C:
         """This config with None for what only serves the start and is no data: fields with `metadata={"transient": True}`."""
         passing = [f.name for f in dataclasses.fields(self) if f.metadata.get("transient") and getattr(self, f.name)]
@@ -162,14 +168,19 @@ class AdapterConfig(Options):
         return cls(**{name: normalised(value, hints.get(name)) for name, value in json.loads(text).items()})
 
     @classmethod
+    def before(cls) -> dict[str, Any]:
+        """{option: what files older than it mean}: fields with `metadata={"before": value}`."""
+        return {f.name: f.metadata["before"] for f in dataclasses.fields(cls) if "before" in f.metadata}
+
+    @classmethod
     def from_file(cls: type[C], text: str, prefix: str = "") -> C:
         """As `from_json`, with patterns kept as they stand in the file, unchecked: whoever reads a file never searches them.
 
         prefix  put before each pattern, for files whose patterns are of another grammar
         """
-        values = json.loads(text)
-        hints = typing.get_type_hints(cls)
-        kept = {name: normalised(values.pop(name), hints[name]) for name in PATTERNS if name in values}
+        values = cls.before() | json.loads(text)
+        hints, patterns = typing.get_type_hints(cls), [name for name in PATTERNS if name in values]
+        kept = {name: normalised(values.pop(name), hints[name]) for name in patterns}
         cfg = cls.from_json(json.dumps(values))
         for name, value in kept.items():
             if not accepts(value, hints[name]):
@@ -233,10 +244,6 @@ def readable(hint: Any) -> str:
         return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) in (Union, types.UnionType):
         return " or ".join(readable(option) for option in typing.get_args(hint))
-    return (
-        "None"
-        if hint is types.NoneType
-        else getattr(hint, "__name__", str(hint))
-        if typing.get_origin(hint) is None
-        else str(hint)
-    )
+    if hint is types.NoneType:
+        return "None"
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)

@@ -1,6 +1,7 @@
 """load: attach what a file holds; no SVD, no data, no randomness."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +9,11 @@ from pathlib import Path
 from torch import nn
 
 from ..contract import registry
+from ..contract.adapter import Adapter
 from ..contract.attachment import Lineage
+from ..contract.config import AdapterConfig
 from ..errors import LoraLiteError, LoraLiteWarning, closest, some
+from ..sites.layer import Layer, sizes
 from ..sites.model import linears, unwrapped
 from .checkpoint import Contents, Stored, contents
 from .detach import detach
@@ -50,7 +54,7 @@ def load(
         moved = {place: renamed_path(place, dict(paths or {})) for place in stored.layers}
         cls = registry.get(stored.variant)
         cfg = cls.Config.from_file(stored.config, stored.prefix)
-        if absent := cls.Config.__dataclass_fields__.keys() - json.loads(stored.config).keys():
+        if absent := cls.Config.__dataclass_fields__.keys() - cls.Config.before().keys() - json.loads(stored.config).keys():
             raise LoraLiteError(
                 f"{path} leaves out {some(sorted(absent))} of {cls.Config.__name__}.",
                 expected="The full config: a default of today need not be that of the training.",
@@ -61,7 +65,8 @@ def load(
         if strict_base:
             refuse_other_base(path, targets, {moved[place]: file.base[place] for place in moved}, file.version)
         tensors = {renamed_key(key, moved): tensor for key, tensor in stored.tensors.items()}
-        adapters = build_all(cls, targets, configs_of(cfg, places(stored, moved, tensors, cfg.r), targets))
+        configs = {moved[old]: config_at(cls, cfg, stored, old, targets[moved[old]]) for old in stored.layers}
+        adapters = build_all(cls, targets, configs)
         restore(path, adapters, tensors, redrawn(path, adapters, cfg.seed, stored.drawn))
         prepared.append((called, cfg, targets, adapters, Lineage(**stored.lineage)))
     if strict_base and not paths:  # of renamed modules the hash has other names
@@ -113,22 +118,39 @@ def renamed_key(key: str, moved: dict[str, str]) -> str:
     return f"{moved.get(place, place)}.{tensor}" if place or not moved else f"{moved.get('', '')}.{tensor}".lstrip(".")
 
 
-def places(stored: Stored, moved: dict[str, str], tensors: Mapping[str, object], rank: int | None) -> dict[str, dict]:
-    """{path: its place}; of files that are older than places the rank is read off the tensors' shapes."""
-    found = {}
-    for old, place in stored.layers.items():
-        found[moved[old]] = place if place is not None else {"rank": rank_of(stored, old, rank)}
-    return found
+def config_at(cls: type[Adapter], cfg: AdapterConfig, stored: Stored, place: str, layer: Layer) -> AdapterConfig:
+    """The config of one layer. Where the file is older than places: the first that declares the tensors which it has there."""
+    said = stored.layers[place]
+    if said is not None:
+        return configs_of(cfg, {place: said}, [place])[place]
+    possible = cfg.possible_at(place)
+    own = {key.rpartition(".")[2]: tensor for key, tensor in stored.tensors.items() if key.rpartition(".")[0] == place}
+    shapes = {key: tuple(tensor.shape) for key, tensor in cls.upgraded(own).items()}
+    fitting = [config for config in possible if declared(cls, config, layer) == shapes] or possible[:1]
+    if len({config.s for config in fitting}) > 1:  # layers so narrow that several ranks have the same tensors
+        fitting = [config for config in fitting if config.r == told_rank(cfg, place)] or fitting
+    return fitting[0]
 
 
-def rank_of(stored: Stored, place: str, rank: int | None) -> int | None:
-    """The rank with which the variant declares the shapes that the file has at this layer."""
-    pattern = json.loads(stored.config).get("rank_pattern") or {}
-    if rank is None or not pattern:
-        return rank
-    sizes = {tuple(t.shape) for key, t in stored.tensors.items() if key.rpartition(".")[0] == place}
-    fitting = [r for r in dict.fromkeys((rank, *pattern.values())) if any(r in shape for shape in sizes)]
-    return max(fitting, default=rank)
+def told_rank(cfg: AdapterConfig, place: str) -> int:
+    """The rank that an old file's patterns give a layer. Raises LoraLiteError for one whose search may take forever."""
+    for pattern in cfg.rank_pattern:
+        if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 2:
+            raise LoraLiteError(
+                f"{place}: its rank cannot be told from its tensors, and {pattern!r} of rank_pattern is not searched.",
+                expected="In files of formats 1 to 3: expressions with at most two repetitions, none of a group.",
+                fix="ll.save(model, path)  # with the version that trained it, after a rank_pattern without them",
+            )
+    return cfg.rank_at(place)
+
+
+def declared(cls: type[Adapter], cfg: AdapterConfig, layer: Layer) -> dict[str, tuple[int, ...]] | None:
+    """{name: shape} of a layer's own tensors; None for a config that it cannot have."""
+    try:
+        specs = cls.param_specs(*sizes(layer), cfg)
+    except LoraLiteError:
+        return None
+    return {name: tuple(spec.shape) for name, spec in specs.items() if not spec.shared}
 
 
 def warn_other_rest(model: nn.Module, path: str | Path, file: Contents) -> None:

@@ -37,11 +37,14 @@ def photographed(model: nn.Module) -> Untouched:
 
 
 def samples(model: nn.Module, paths: Iterable[str] = ()) -> dict[str, str]:
-    """{name: hash of a sample} of the base model's parameters, those of the layers at `paths` and of task heads left out."""
+    """{name: dtype and hash of a sample} of the base model's parameters, but those of layers at `paths` and of task heads.
+
+    Equal numbers of a wider dtype have the same hash.
+    """
     inside = {id(p) for p in base_model(model).parameters()}
     layers = tuple(f"{path}." for path in paths)
     return {
-        name: digest(strided(p.detach(), SAMPLE))
+        name: f"{p.dtype} {digest(strided(p.detach(), SAMPLE).double())}"
         for name, p in base_tensors(model).items()
         if id(p) in inside and not p.is_meta and not hasattr(p, "full_tensor") and type(p) is nn.Parameter
         if not (layers and name.startswith(layers))
@@ -51,7 +54,7 @@ def samples(model: nn.Module, paths: Iterable[str] = ()) -> dict[str, str]:
 def combined(found: dict[str, str], layers: Iterable[str]) -> str:
     """One hash for all samples but those of these layers."""
     own = tuple(f"{path}." for path in layers)
-    kept = [(name, value) for name, value in sorted(found.items()) if not (own and name.startswith(own))]
+    kept = [(name, said.split()[1]) for name, said in sorted(found.items()) if not (own and name.startswith(own))]
     return hashlib.sha256(repr(kept).encode()).hexdigest()[:32]
 
 
@@ -90,9 +93,16 @@ def refuse_moving_statistics(model: nn.Module) -> None:
 
 
 def left_out(model: nn.Module, base: Untouched) -> list[str]:
-    """Names of the base's parameters that are trained beside the adapters and of its buffers that moved: no file holds them."""
+    """Names of the base's parameters that are trained, or were written to, beside the adapters and of its buffers that moved:
+    no file holds them.
+    """
     model = unwrapped(model)
+    adapted = {plain(path).rpartition(".")[0] for path, module in model.named_modules() if isinstance(module, Adapter)}
     trained = [name for name, p in base_tensors(model).items() if p.requires_grad]
+    for name, said in samples(model, adapted).items():
+        before = base.samples.get(name, said)
+        if said != before and said.split()[0] == before.split()[0] and name not in trained:
+            trained.append(name)
     moved = [
         name
         for name, b in base_tensors(model, buffers=True).items()

@@ -7,6 +7,7 @@ formula   h = U^T t,  y' = y + U core(h);  U (o, r) frozen with orthonormal colu
 
 import math
 from collections.abc import Mapping
+from dataclasses import field
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ class SubspaceConfig(OutputConfig):
     asvd_stat: Literal["abs_mean", "rms"] = "abs_mean"
     select_score: Literal["rms", "contrast"] = "rms"
     positions: Literal["last", "all"] = "last"
-    winsorize: float = 1.0
+    winsorize: float = field(default=1.0, metadata={"before": 1.0})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,6 +19,7 @@ differs   theta turns the other way than A; the paper turns all r directions at 
           off the base (its code); the reference leaves c out and stores theta/4
 """
 
+from dataclasses import field
 from functools import partial
 
 from ..contract import ParamSpec, Specs, dataclass, register
@@ -33,9 +34,9 @@ class AntiPaSTORotConfig(SubspaceConfig):
     block_size: int = 4
     rotate: Literal["V", "U", "both"] = "V"
     max_angle: float | None = 0.5
-    cap: Literal["block", "plane"] = "block"
+    cap: Literal["block", "plane"] = field(default="block", metadata={"before": "block"})
     d_init: float = 0.0
-    theta_init: float = 0.0
+    theta_init: float = field(default=0.0, metadata={"before": 0.0})
 
 
 @register(name="antipasto_rot")
