@@ -232,6 +232,27 @@ def test_weights_that_were_written_to_beside_the_adapter_are_named(tmp_path):
         ll.snapshot(model)
 
 
+def test_the_repair_keeps_all_of_many_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make = lambda: toy.seeded(lambda: T.BertModel(T.BertConfig(**BERT)).eval())  # noqa: E731
+    model, ids = make(), torch.arange(2, 12).reshape(2, 5)
+    handle = ll.attach(model, ll.config("lora", r=2, targets=("query",)))
+    moved = [p for name, p in model.named_parameters() if "query" not in name and not name.startswith("pooler")]
+    assert len(moved) > 12
+    with torch.no_grad():
+        for p in moved:
+            p += 0.1
+    with pytest.warns(ll.LoraLiteWarning, match="does not hold") as said:
+        handle.save("a")
+    text = str(said[0].message)
+    save, load = text[text.index("torch.save(") :].removesuffix(" after ll.load").split(", and ")
+    exec(save, {"torch": torch, "model": model})
+    fresh = make()
+    ll.load(fresh, "a")
+    exec(load, {"torch": torch, "model": fresh})
+    assert torch.equal(fresh(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
 def test_numbers_that_are_not_finite_never_write_over_a_good_file(tmp_path):
     model = toy.toy()
     handle = ll.attach(model, ll.config("lora", r=2))

@@ -120,9 +120,10 @@ LAZY = ("inv_freq", "cos_cached", "sin_cached", "position_ids")
 def warn_left_out(model: nn.Module, base: Untouched, what: str) -> None:
     """Warn of trained parameters and moved statistics of the base that `what` does not hold, with a way to keep them."""
     if names := left_out(model, base):
+        few = f"{{k: v for k, v in model.state_dict().items() if k in {set(names)!r}}}"
         warnings.warn(
             f"{what} does not hold {some(names)} of the base, trained or moved beside the adapter. Keep them as well: "
-            f"torch.save({{k: v for k, v in model.state_dict().items() if k in {set(names[:12])!r}}}, 'beside.pt'), and "
+            f"torch.save({few if len(names) <= 12 else 'model.state_dict()'}, 'beside.pt'), and "
             "model.load_state_dict(torch.load('beside.pt'), strict=False) after ll.load",
             LoraLiteWarning,
             stacklevel=3,
