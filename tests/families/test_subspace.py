@@ -9,7 +9,8 @@ from lora_lite.families.seeding import leading as leading_directions
 from lora_lite.families.subspace import OutputSubspace, read_off, strengths
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64, adapted, check_rest_stays
+from lora_lite.testing.formula import T64, adapted
+from tests.oracles.layer import check_rest_stays
 
 BASES = ("svd", "corda", "corda_full", "asvd", "select")
 DATA_BASES = BASES[1:]

@@ -8,7 +8,7 @@ from benchmarks.cost.limit import flop_counter
 from lora_lite.families.twin import Twin, TwinConfig
 from lora_lite.testing import toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64
+from lora_lite.testing.formula import T64
 
 I, O, R = 24, 32, 4
 

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -218,6 +219,91 @@ class ReusesOnAnyBase(Sound):
         return y + maps.low_rank(x, self.A, self.B) * (self.coeff * self.s * strength)
 
 
+def places(shape):
+    """A permutation of the last axis."""
+    return torch.randperm(shape[-1]).expand(shape).float()
+
+
+class Places(Sound):
+    """Lawful: reads the input in an order that is drawn at the start and kept as whole numbers."""
+
+    p: Float[Tensor, " i"]
+
+    @staticmethod
+    def param_specs(d_in, d_out, cfg):
+        return Sound.param_specs(d_in, d_out, cfg) | {"p": ParamSpec((d_in,), places, trainable=False)}
+
+    def forward(self, x, y, base):
+        return super().forward(x[..., self.p.flatten().long()], y, base)
+
+
+class PlacesInAMatrix(Places):
+    """A matrix is kept in the dtype of the base weight, where places above 256 are rounded."""
+
+    p: Float[Tensor, "1 i"]
+
+    @staticmethod
+    def param_specs(d_in, d_out, cfg):
+        return Sound.param_specs(d_in, d_out, cfg) | {"p": ParamSpec((1, d_in), places, trainable=False)}
+
+
+class PlacesInAWideMatrix(PlacesInAMatrix):
+    """Lawful: its config keeps matrices in float32."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AdapterConfig):
+        buffer_dtype: torch.dtype | None = torch.float32
+
+
+class ReusesOldPlaces(Places):
+    """What it keeps depends on p too."""
+
+    def forward(self, x, y, base):
+        A = self.reuse(lambda: self.A[:, self.p.long()], self.A)
+        return y + maps.low_rank(x, A, self.B, self.coeff * self.s)
+
+
+class Drops(Sound):
+    """Lawful: dropout while it trains."""
+
+    def forward(self, x, y, base):
+        return super().forward(nn.functional.dropout(x, 0.3, self.training), y, base)
+
+
+class Watched(Drops):
+    """Lawful: says in which modes it was called."""
+
+    modes: ClassVar[set[bool]] = set()
+
+    def forward(self, x, y, base):
+        self.modes.add(self.training)
+        return super().forward(x, y, base)
+
+
+class DropsInEval(Sound):
+    def forward(self, x, y, base):
+        return super().forward(nn.functional.dropout(x, 0.3), y, base)
+
+
+class DrawsInEval(Sound):
+    """A random number that nothing comes of still moves the stream that a sampling model draws from."""
+
+    def forward(self, x, y, base):
+        torch.rand(1)
+        return super().forward(x, y, base)
+
+
+class TrainingStays(Sound):
+    """A call in train mode leaves something behind."""
+
+    seen = 0.0
+
+    def forward(self, x, y, base):
+        if self.training:
+            self.seen = 0.1
+        return super().forward(x, y, base) + self.coeff * self.seen
+
+
 class HasLinearChildren(Sound):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -251,6 +337,11 @@ FAULTS = {
     ReusesBlindly: "check_reuses_nothing_stale",
     ReusesAtAnyCoefficient: "check_reuses_nothing_stale",
     ReusesOnAnyBase: "check_reuses_nothing_stale",
+    ReusesOldPlaces: "check_reuses_nothing_stale",
+    PlacesInAMatrix: "check_places_are_exact",
+    DropsInEval: "check_repeats_itself",
+    DrawsInEval: "check_repeats_itself",
+    TrainingStays: "check_repeats_itself",
     HasLinearChildren: "check_specs_are_declarative",
 }
 
@@ -263,8 +354,34 @@ def test_every_check_that_is_written_runs():
     assert len(modules) > 5
 
 
-def test_a_sound_variant_passes_every_check():
-    check_variant(Sound)
+@pytest.mark.parametrize("cls", [Sound, Places, PlacesInAWideMatrix, Drops], ids=lambda cls: cls.__name__)
+def test_a_sound_variant_passes_every_check(cls):
+    check_variant(cls)
+
+
+def test_the_suite_trains_in_train_mode_and_compares_in_eval_mode():
+    """A dropout is at work in the checks of training steps, and in none that compares outputs, but for its own."""
+    modes = {}
+    for check in checks(Watched):
+        if (name := str(check).partition("-")[2]) != "check_compiles":
+            Watched.modes = modes.setdefault(name, set())
+            check()
+    trained = {"check_gradients_flow", "check_base_is_never_written", "check_checkpointing_is_exact", "check_repeats_itself"}
+    assert {name for name, seen in modes.items() if True in seen} == trained
+    assert sum(seen == {False} for seen in modes.values()) > 10
+
+
+@pytest.mark.parametrize(
+    ("cls", "told"),
+    [
+        (DropsInEval, "two calls in eval mode differ: what is random in training asks self.training"),
+        (DrawsInEval, "two calls in eval mode draw random numbers"),
+        (PlacesInAMatrix, r"p holds whole numbers that torch.bfloat16 rounds on a layer 1024 wide: .*buffer_dtype"),
+    ],
+)
+def test_the_first_check_that_breaks_says_what_is_wrong(cls, told):
+    with pytest.raises(AssertionError, match=told):
+        check_variant(cls)
 
 
 @pytest.mark.parametrize("cls", FAULTS, ids=lambda cls: cls.__name__)

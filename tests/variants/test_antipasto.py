@@ -6,14 +6,9 @@ import torch
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
+from lora_lite.testing.formula import T64, adapted, check_dense
 from tests.families.test_subspace import BASES, batches
-from tests.oracles.layer import (
-    T64,
-    adapted,
-    check_dense,
-    check_pushed_out_gain_comes_back,
-    check_rest_stays,
-)
+from tests.oracles.layer import check_pushed_out_gain_comes_back, check_rest_stays
 
 METHODS = ("antipasto", "antipasto_corda", "antipasto_asvd")
 each = pytest.mark.parametrize("name", METHODS)

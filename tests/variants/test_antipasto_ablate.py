@@ -11,8 +11,9 @@ from lora_lite.contract.registry import card, get
 from lora_lite.errors import LoraLiteWarning
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
+from lora_lite.testing.formula import T64, adapted, check_dense, live_gradients
 from tests.families.test_subspace import BASES, batches, kept, projector
-from tests.oracles.layer import T64, adapted, check_dense, check_rest_stays, live_gradients
+from tests.oracles.layer import check_rest_stays
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:coeff outside:lora_lite.errors.LoraLiteWarning"),

@@ -7,13 +7,9 @@ import lora_lite as ll
 from lora_lite.families.basis import scores
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
+from lora_lite.testing.formula import T64, adapted, check_dense
 from tests.families.test_subspace import BASES, batches, kept
-from tests.oracles.layer import (
-    T64,
-    adapted,
-    check_dense,
-    check_pushed_out_gain_comes_back,
-)
+from tests.oracles.layer import check_pushed_out_gain_comes_back
 
 
 def config(**fields):

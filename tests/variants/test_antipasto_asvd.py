@@ -9,8 +9,8 @@ import torch
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
+from lora_lite.testing.formula import T64, adapted
 from tests.families.test_subspace import based, batches, kept, leading, projector
-from tests.oracles.layer import T64, adapted
 
 R, I, O = 12, 24, 40
 

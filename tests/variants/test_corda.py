@@ -12,7 +12,8 @@ import lora_lite as ll
 from lora_lite.families.orientation import oriented_left_svd, required
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64, adapted, check_agree, check_dense
+from lora_lite.testing.formula import T64, adapted, check_dense
+from tests.oracles.layer import check_agree
 
 SHAPES = [(24, 32), (32, 24)]
 CHOICES = [(method, metric) for method in ("ipm", "kpm") for metric in ("full", "sqrt")]

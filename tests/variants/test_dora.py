@@ -7,7 +7,8 @@ import lora_lite as ll
 from benchmarks.cost.limit import flop_counter
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64, adapted, check_dense, check_ignores_bias
+from lora_lite.testing.formula import T64, adapted, check_dense
+from tests.oracles.layer import check_ignores_bias
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 

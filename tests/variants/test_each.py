@@ -3,7 +3,8 @@
 import pytest
 
 import lora_lite as ll
-from tests.oracles.layer import adapted, check_decay_ends_at_base, check_finite_differences, live_gradients
+from lora_lite.testing.formula import adapted, live_gradients
+from tests.oracles.layer import check_decay_ends_at_base, check_finite_differences
 
 ARROW = ll.AntiPaSTOArrowConfig(r=8, block=3)
 GAINS = [ll.config(name, r=8) for name in ("antipasto", "antipasto_corda", "antipasto_asvd")]

@@ -10,7 +10,8 @@ import lora_lite as ll
 from lora_lite.contract.pattern import fits
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64, adapted, check_dense, check_parity_by_name, live_gradients
+from lora_lite.testing.formula import T64, adapted, check_dense, live_gradients
+from tests.oracles.layer import check_parity_by_name
 
 
 def config(**fields):

@@ -8,14 +8,8 @@ from lora_lite.mathematics.maps import low_rank
 from lora_lite.mathematics.rotations import reflections
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import (
-    T64,
-    adapted,
-    check_dense,
-    check_rotates_input,
-    input_map,
-    peft_layer,
-)
+from lora_lite.testing.formula import T64, adapted, check_dense
+from tests.oracles.layer import check_rotates_input, input_map, peft_layer
 
 SIZES = (0.3, 3.0, 100.0)  # of the step away from the start, in units of the start: near it, and random rows
 

@@ -6,7 +6,7 @@ from torch import nn
 import lora_lite as ll
 from lora_lite.testing import toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64, adapted, check_dense
+from lora_lite.testing.formula import T64, adapted, check_dense
 
 
 def dense(a, W, b, c):

@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64, adapted, check_agree, check_dense, check_scale
+from lora_lite.testing.formula import T64, adapted, check_dense
+from tests.oracles.layer import check_agree, check_scale
 
 FACTORED, DENSE = 3, 4  # ranks on the two sides of r^2 (i + o) = i o for the layer of 24 x 32
 

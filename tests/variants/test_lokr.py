@@ -8,7 +8,8 @@ import torch
 import lora_lite as ll
 from benchmarks.cost.limit import flop_counter
 from lora_lite.testing import checks, toy
-from tests.oracles.layer import T64, adapted, check_agree, check_dense, check_parity_by_name, check_scale, live_gradients
+from lora_lite.testing.formula import T64, adapted, check_dense, live_gradients
+from tests.oracles.layer import check_agree, check_parity_by_name, check_scale
 
 # On the layer of 24 x 32: w1 (4, 4), w2 (8, 6); with factor 8 w1 (8, 8), w2 (4, 3).
 FORMS = {

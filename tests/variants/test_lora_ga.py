@@ -6,7 +6,8 @@ import torch
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64, adapted, check_agree, check_dense, live_gradients
+from lora_lite.testing.formula import T64, adapted, check_dense, live_gradients
+from tests.oracles.layer import check_agree
 
 SHAPES = [(24, 32), (32, 24)]
 DIRECTIONS = ["ArB2r", "A2rBr", "ArBr"]

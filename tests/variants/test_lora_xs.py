@@ -6,8 +6,8 @@ import torch
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
+from lora_lite.testing.formula import T64, adapted, check_dense, live_gradients
 from tests.families.test_subspace import BASES
-from tests.oracles.layer import T64, adapted, check_dense, live_gradients
 
 
 def config(**fields):

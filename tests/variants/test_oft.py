@@ -6,14 +6,8 @@ import torch
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import (
-    T64,
-    adapted,
-    check_dense,
-    check_rotates_input,
-    input_map,
-    peft_layer,
-)
+from lora_lite.testing.formula import T64, adapted, check_dense
+from tests.oracles.layer import check_rotates_input, input_map, peft_layer
 
 
 def rotation(q, c, d_in):

@@ -9,7 +9,8 @@ from torch import nn
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import T64, adapted, check_dense, check_parity, peft_layer
+from lora_lite.testing.formula import T64, adapted, check_dense
+from tests.oracles.layer import check_parity, peft_layer
 
 
 def dense(a, W, b, c):

@@ -8,16 +8,9 @@ from lora_lite.contract import shared
 from lora_lite.core.merge import effective
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
+from lora_lite.testing.formula import adapted, check_dense, live_gradients
 from tests.oracles.files import entry, own
-from tests.oracles.layer import (
-    adapted,
-    check_agree,
-    check_decay_ends_at_base,
-    check_dense,
-    check_ignores_bias,
-    check_parity,
-    live_gradients,
-)
+from tests.oracles.layer import check_agree, check_decay_ends_at_base, check_ignores_bias, check_parity
 
 PROJECTIONS = ["q_proj", "o_proj", "up_proj", "down_proj"]
 ORIENTATIONS = pytest.mark.parametrize(("d_in", "d_out"), [(24, 32), (32, 24), (24, 24)])

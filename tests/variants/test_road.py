@@ -8,16 +8,8 @@ import torch
 import lora_lite as ll
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from tests.oracles.layer import (
-    T32,
-    T64,
-    adapted,
-    check_decay_ends_at_base,
-    check_dense,
-    check_parity,
-    live_gradients,
-    peft_layer,
-)
+from lora_lite.testing.formula import T32, T64, adapted, check_dense, live_gradients
+from tests.oracles.layer import check_decay_ends_at_base, check_parity, peft_layer
 
 MODES = ("road_1", "road_2", "road_4")
 

@@ -10,7 +10,7 @@ import torch
 
 import lora_lite as ll
 from lora_lite.testing import toy
-from tests.oracles.layer import T64, adapted
+from lora_lite.testing.formula import T64, adapted
 from tests.variants.test_antipasto_ablate import directions, orthogonalise, residual
 
 pytestmark = pytest.mark.filterwarnings("ignore:coeff outside:lora_lite.errors.LoraLiteWarning")

@@ -20,8 +20,9 @@ from lora_lite.families.subspace import rotation
 from lora_lite.mathematics import maps, rotations
 from lora_lite.testing import toy
 from lora_lite.testing.checks import error
+from lora_lite.testing.formula import adapted
 from tests.mathematics.test_maps import descend
-from tests.oracles.layer import adapted, input_map
+from tests.oracles.layer import input_map
 from tests.variants.test_hra import chain
 
 I8 = torch.eye(8, dtype=torch.float64)

@@ -1,15 +1,17 @@
 """Any lawful call of an adapted layer: shapes, keywords, dtypes, compiled; nothing stale is reused."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ...contract.adapter import Adapter
 from ...contract.config import AdapterConfig
-from ...core.runtime import scale
+from ...core.runtime import disabled, scale
 from .. import toy
-from .judging import TOLERANCE, Variant, demand, error, perturbed
+from .judging import TOLERANCE, Variant, demand, error, perturbed, whole
 
 
 def check_reuses_nothing_stale(cls: Variant, cfg: AdapterConfig) -> None:
@@ -19,14 +21,56 @@ def check_reuses_nothing_stale(cls: Variant, cfg: AdapterConfig) -> None:
     adapter = next(iter(handle.layers.values()))
     weight = cast(Tensor, model.get_submodule(adapter.path).weight)
     with torch.no_grad():
+        places = lawful_places(adapter, handle.layers.values())
         for name, tensor in adapter.tensors().items():
-            model(x)
-            tensor.data.mul_(1.25)  # leaves no trace in the tensor's version
-            demand(torch.equal(model(x), copy.deepcopy(model)(x)), f"a change of {name} acts late")
+            if name not in places:
+                model(x)
+                tensor.data.mul_(1.25)  # leaves no trace in the tensor's version
+                demand(torch.equal(model(x), copy.deepcopy(model)(x)), f"a change of {name} acts late")
+        model(x)
+        for name, value in places.items():  # together: one may point into another
+            adapter.tensors()[name].data.copy_(value)
+        demand(torch.equal(model(x), copy.deepcopy(model)(x)), f"a change of {', '.join(places)} acts late")
         weight.mul_(1.25)
         demand(torch.equal(model(x), copy.deepcopy(model)(x)), "a change of the base weight acts late")
         with scale(model, 0.5):
             demand(torch.equal(model(x), copy.deepcopy(model)(x)), "a change of the coefficient acts late")
+
+
+def lawful_places(adapter: Adapter, others: Iterable[Adapter]) -> dict[str, Tensor]:
+    """{frozen tensor of whole numbers, which may be places: other values that are lawful, those of a layer of equal sizes}."""
+    places = {name: t for name, t in adapter.named_buffers() if whole(t)}
+    shape = {name: t.shape for name, t in adapter.tensors().items()}
+    for other in others:
+        if other is not adapter and {name: t.shape for name, t in other.tensors().items()} == shape:
+            return {name: other.tensors()[name].clone() for name in places}
+    return {name: t.clone() for name, t in places.items()}
+
+
+def check_repeats_itself(cls: Variant, cfg: AdapterConfig) -> None:
+    """In eval mode a call gives the same bits again and draws no random number; in train mode it runs, and 0 is the base."""
+    model, handle = perturbed(cls, cfg)
+    x = toy.inputs(3, 5, toy.WIDTH)
+    demand(
+        not any(adapter.training for adapter in handle.layers.values()),
+        "attached to a model in eval mode, the adapter is in train mode",
+    )
+    state = torch.random.get_rng_state()
+    first, again = model(x), model(x)
+    drawn = not torch.equal(state, torch.random.get_rng_state())
+    demand(
+        not drawn and torch.equal(first, again),
+        f"two calls in eval mode {'differ' if not torch.equal(first, again) else 'draw random numbers'}: what is random "
+        "in training asks self.training",
+    )
+    model.train()
+    demand(model(x).isfinite().all(), "the output is not finite in train mode")
+    with disabled(model):
+        base = model(x)
+    with scale(model, 0.0):
+        demand(torch.equal(model(x), base), "coeff = 0 is not the base model in train mode")
+    model.eval()
+    demand(torch.equal(model(x), first), "after a call in train mode an output in eval mode is another one")
 
 
 def check_compiles(cls: Variant, cfg: AdapterConfig) -> None:

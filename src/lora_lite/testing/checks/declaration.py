@@ -1,11 +1,15 @@
 """What a class declares is what is built: tensors, axes, options."""
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from ...contract.config import AdapterConfig
 from .. import toy
-from .judging import Variant, demand
+from .judging import Variant, demand, whole
+
+WIDE = 1024  # bfloat16 holds every whole number up to 256, float16 up to 2048
 
 
 def check_specs_are_declarative(cls: Variant, cfg: AdapterConfig) -> None:
@@ -30,6 +34,28 @@ def check_specs_are_declarative(cls: Variant, cfg: AdapterConfig) -> None:
 
 def check_config_goes_to_json_and_back(cls: Variant, cfg: AdapterConfig) -> None:
     demand(cls.Config.from_json(cfg.to_json()) == cfg, "the config changes on the way to JSON and back")
+
+
+def check_places_are_exact(cls: Variant, cfg: AdapterConfig) -> None:
+    """Whole numbers in frozen tensors, such as places, are kept exactly under a wide layer in bfloat16, where 257 is 256."""
+    if all(spec.trainable for spec in cls.param_specs(WIDE, WIDE, cfg).values()):
+        return
+    exact = wide_buffers(cls, dataclasses.replace(cfg, dtype=torch.float32, buffer_dtype=torch.float32))
+    places = {name: t for name, t in exact.items() if whole(t)}
+    kept = wide_buffers(cls, cfg) if places else {}
+    for name, tensor in places.items():
+        demand(
+            torch.equal(kept[name].float(), tensor),
+            f"{name} holds whole numbers that {kept[name].dtype} rounds on a layer {WIDE} wide: give it one axis, which keeps "
+            "cfg.dtype, or its config buffer_dtype: torch.dtype | None = torch.float32",
+        )
+
+
+def wide_buffers(cls: Variant, cfg: AdapterConfig) -> dict[str, Tensor]:
+    """The frozen tensors under a layer in bfloat16."""
+    model = toy.one(WIDE, WIDE, dtype=torch.bfloat16)
+    (adapter,) = toy.attached(model, cls, cfg, width=WIDE).layers.values()
+    return dict(adapter.named_buffers())
 
 
 def check_shapes_match_annotations(cls: Variant, cfg: AdapterConfig) -> None:

@@ -24,6 +24,11 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max().clamp(min=1))
 
 
+def whole(tensor: Tensor) -> bool:
+    """Whether every value is a whole number: places, counts, signs."""
+    return torch.equal(tensor, tensor.round())
+
+
 def demand(truth: Any, promise: str) -> None:
     if not truth:
         raise AssertionError(promise)
