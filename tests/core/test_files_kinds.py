@@ -274,3 +274,17 @@ def test_adapters_of_one_config_under_two_names_start_apart_and_the_default_name
     assert not torch.equal(a.layers[path].A, b.layers[path].A)
     again = ll.attach(toy.toy(), ll.config("lora", r=4), name="m1")
     assert torch.equal(again.layers[path].A, a.layers[path].A)
+
+
+def test_an_embedding_that_was_written_to_beside_the_adapter_is_named(tmp_path):
+    model = toy.seeded(lambda: T.BertModel(T.BertConfig(**BERT)).eval())
+    ll.attach(model, ll.config("lora", r=2))
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight *= 2
+    with pytest.warns(ll.LoraLiteWarning, match=r"does not hold embeddings\.word_embeddings\.weight"):
+        ll.save(model, tmp_path / "a")
+    cast = toy.seeded(lambda: T.BertModel(T.BertConfig(**BERT)).eval())
+    ll.attach(cast, ll.config("lora", r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ll.LoraLiteWarning)
+        ll.save(cast.bfloat16(), tmp_path / "b")
