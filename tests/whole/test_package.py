@@ -8,6 +8,7 @@ import zipfile
 import pytest
 
 import lora_lite as ll
+from lora_lite.testing import checks
 from tests import ROOT
 
 ALLOWED = {"torch", "safetensors", "einops", "jaxtyping", "lora_lite"}
@@ -131,6 +132,16 @@ assert set(CARD_FIELDS) <= set(card(my_method.MyMethod))
 """
     checked = python("-c", code, cwd=tmp_path, path=tmp_path / "plugin")
     assert checked.returncode == 0, checked.stderr
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_my_method.py")
+    tested = python(*words, cwd=tmp_path, path=tmp_path / "plugin")  # nothing of this repository is there
+    assert tested.returncode == 0, tested.stdout
+    assert "2 passed" in tested.stdout
+
+
+def test_the_command_that_checks_a_variant_ends_with_how_many_promises_hold():
+    ran = python("-m", "lora_lite", "check", "ia3")
+    count = len(checks("ia3"))
+    assert ran.stdout.splitlines()[-1] == f"{count} of {count} promises hold"
 
 
 def test_variants_of_other_packages_join_by_entry_point(tmp_path):

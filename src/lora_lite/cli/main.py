@@ -3,6 +3,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import re
 import signal
@@ -56,14 +57,15 @@ def inspect(arguments: argparse.Namespace) -> None:
 def check(arguments: argparse.Namespace) -> None:
     from ..testing import checks
 
-    broken = 0
-    for promise in checks(arguments.name):
+    promises, broken = checks(arguments.name), 0
+    for promise in promises:
         try:
             promise()
             print(f"  holds   {promise}")
         except Exception as error:  # whatever a variant under development raises
             broken += 1
             print(f"  BROKEN  {promise}: {type(error).__name__} {error}")
+    print(f"{len(promises) - broken} of {len(promises)} promises hold")
     if broken:
         sys.exit(1)
 
@@ -86,6 +88,8 @@ def new(arguments: argparse.Namespace) -> None:
         if place.exists():
             raise LoraLiteError(f"{place} exists.", expected="Nothing is written over.", fix=f"rm {place}")
     words = {"name": name, "Class": "".join(part.capitalize() for part in name.split("_"))}
+    at_home = arguments.folder.resolve() == Path(importlib.import_module(registry.sources[0]).__path__[0]).resolve()
+    words["registers"] = "" if at_home else f"import {name}  # noqa: F401  registers the variant\n\n"
     for template, place in places.items():
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text((resources.files("lora_lite") / "templates" / template).read_text().format(**words))
