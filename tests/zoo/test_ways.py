@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_lite as ll
+from lora_lite.errors import LoraLiteWarning
 
 from .models import ZOO, forward
 from .row import Row
@@ -123,10 +124,6 @@ def test_peft_runs_what_is_exported_or_it_is_refused(name, tmp_path):
         assert name in NOT_TO_PEFT
         return
     assert name not in NOT_TO_PEFT
-    if name in PEFT_REFUSES:
-        with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
-            peft.PeftModel.from_pretrained(row.build(), tmp_path)
-        return
     theirs = peft.PeftModel.from_pretrained(row.build().requires_grad_(False), tmp_path).eval()
     torch.backends.mha.set_fastpath_enabled(False)  # torch's encoder layers pass PEFT's modules by where it is on
     try:
@@ -141,5 +138,20 @@ NOT_TO_PEFT = {
 }  # fmt: skip
 """Where PEFT would put the file's layers on the experts."""
 
-PEFT_REFUSES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2"}
-"""Where PEFT wants no adapter on out_proj, whose kernels read the weight where they are installed."""
+
+@pytest.mark.parametrize("name", ["mamba2", "falcon_h1"])
+def test_layers_that_peft_refuses_in_state_space_models_are_not_exported(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    row, model, _ = frozen(name)
+    with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+        peft.get_peft_model(row.build(), peft.LoraConfig(target_modules=["out_proj"]))
+    with pytest.warns(LoraLiteWarning, match="out_proj.* the module around it calls the layer in one branch"):
+        ll.attach(model, ll.config("lora", r=2, targets=["out_proj"]))
+    with pytest.raises(ll.LoraLiteError, match=r"(?s)PEFT refuses adapters on out_proj.*exclude=\('out_proj',\)"):
+        ll.export_peft(model, tmp_path)
+
+
+def test_a_folder_for_torchs_encoder_says_how_peft_is_heard(tmp_path):
+    _, model, _ = frozen("torch_encoder")
+    strong(attached(model))
+    assert "set_fastpath_enabled(False)" in str(ll.export_peft(model, tmp_path))

@@ -12,7 +12,7 @@ from .repairs import TIED
 
 def impossible(model: nn.Module) -> dict[str, str]:
     """{path: why it cannot be adapted}: Linear-like layers, layers of unknown kind, and parameters that are no layers."""
-    found = {path: f"read, not called: {reader} uses its weight" for path, reader in obstacles.uncalled(model).items()}
+    found = {path: f"read, not called: {reader} uses its weight" for path, reader in obstacles.read(model)[0].items()}
     found |= {
         path: TIED + others[0] for path, others in obstacles.tied(model).items() if not set(others) <= linears(model).keys()
     }
@@ -37,7 +37,7 @@ def unwanted(model: nn.Module, present: Mapping[str, Layer]) -> dict[str, str]:
     """{path: reason} of layers that can be adapted and that "all-linear" leaves out."""
     inside = {id(module) for module in base_model(model).modules()}
     heads, rows = output_embeddings(model), embeddings(model)
-    found = {}
+    found = read_at_times(model)
     for path, experts in obstacles.routers(model).items():
         found[path] = f"router: its output chooses among {experts}"
     for path, layer in present.items():
@@ -46,3 +46,11 @@ def unwanted(model: nn.Module, present: Mapping[str, Layer]) -> dict[str, str]:
         elif id(layer) not in inside:
             found[path] = f"head: outside {type(base_model(model)).__name__}"
     return found
+
+
+def read_at_times(model: nn.Module) -> dict[str, str]:
+    """{path: reason} of layers that an adapter reaches in one branch of the module around them and not in another."""
+    return {
+        path: f"read in a branch: {reader} calls it, or uses its weight without a call"
+        for path, reader in obstacles.read(model)[1].items()
+    }

@@ -18,7 +18,7 @@ from ..errors import LoraLiteError, LoraLiteWarning, closest, some
 from ..sites import obstacles
 from ..sites.layer import Layer
 from ..sites.model import block_index, block_lists, linears, unwrapped
-from .fitness import impossible, unwanted
+from .fitness import impossible, read_at_times, unwanted
 from .repairs import TIED, inventory, nearest, options, order, patterns_for, reasons, repair
 from .roles import roles
 
@@ -88,6 +88,13 @@ def select(model: nn.Module, cfg: AdapterConfig) -> Selection:
             ),
         )
     refuse_unused(cfg, named, chosen, skipped)
+    if half := chosen.keys() & read_at_times(model).keys():
+        warnings.warn(
+            f"{some(sorted(half))}: the module around it calls the layer in one branch and uses its weight in another,"
+            " where the adapter has no part. Compare outputs before and after ll.merge(model) in train and in eval mode.",
+            LoraLiteWarning,
+            stacklevel=4,
+        )
     return Selection(chosen, dict(sorted(skipped.items(), key=lambda item: order(item[0]))))
 
 

@@ -85,6 +85,7 @@ def export_peft(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise LoraLiteError(f"rank={rank!r} is no rank.", expected="An integer of at least 1, or None.", fix="rank=16")
     refuse_moved(model, found)
+    refuse_kernels(model, found)
     warn_left_out(model, found[0].adapter.group.base, f"{folder}")
     obstacle = "plain LoRA was asked for" if plain or rank is not None else native_obstacle(found)
     by_layer: ByLayer = {}
@@ -94,6 +95,7 @@ def export_peft(
         options, tensors, errors, notes = as_plain_lora(by_layer, rank, limit, obstacle)
     else:
         (options, tensors), errors, notes = as_native(found), {}, ()
+    notes = (*notes, *passed_by(model, found))
     write_folder(folder, finished(model, by_layer, options), tensors)
     return Exported(folder, options["peft_type"], options["r"] if obstacle else None, errors, notes)
 
@@ -112,6 +114,31 @@ def refuse_moved(model: nn.Module, found: list[finding.Found]) -> None:
             fix="ll.save(model, path)  # a file of this library; for PEFT: attach with "
             f"exclude={tuple(dict.fromkeys(path.rpartition('.')[2] for path in moved))!r}",
         )
+
+
+KERNELS = {"model_type": ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), "layers": ("out_proj", "conv1d")}
+"""Where PEFT takes no adapter, since kernels read the weight: `_check_lora_target_modules_mamba` of PEFT 0.21."""
+
+
+def refuse_kernels(model: nn.Module, found: list[finding.Found]) -> None:
+    """Raise for layers that PEFT refuses at load."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    names = dict.fromkeys(name for f in found if (name := f.path.rpartition(".")[2]) in KERNELS["layers"])
+    if names and kind in KERNELS["model_type"]:
+        raise LoraLiteError(
+            f"PEFT refuses adapters on {some(names)} of {kind} models, whose kernels read the weight without a call.",
+            fix=f"ll.save(model, path)  # a file of this library; for PEFT: attach with exclude={tuple(names)!r}",
+        )
+
+
+def passed_by(model: nn.Module, found: list[finding.Found]) -> tuple[str, ...]:
+    """A note where torch's encoder layers take a short cut past PEFT's modules, which carry no hooks."""
+    owners = [model.get_submodule(f.path.rpartition(".")[0]) for f in found]
+    if not any(isinstance(owner, nn.TransformerEncoderLayer) for owner in owners):
+        return ()
+    return (
+        "In eval mode nn.TransformerEncoderLayer passes PEFT's adapters by: torch.backends.mha.set_fastpath_enabled(False)",
+    )
 
 
 def finished(model: nn.Module, by_layer: ByLayer, options: dict[str, Any]) -> dict[str, Any]:

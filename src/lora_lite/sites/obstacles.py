@@ -3,12 +3,8 @@
 Structure decides: who calls a layer, who shares its weight, what its forward computes on a few vectors.
 """
 
-import ast
 import contextlib
-import functools
-import inspect
 import re
-import textwrap
 from collections.abc import Iterator
 from typing import cast
 
@@ -19,6 +15,7 @@ from torch import Tensor, nn
 from .layer import Layer, is_linear, oriented_weight, sizes
 from .model import linears
 from .quantised import is_packed, library
+from .reading import readings
 
 KNOWN = ("torch.nn", "bitsandbytes", "torchao", "transformers.pytorch_utils", "accelerate")
 """Packages whose Linear-like layers compute W x + b, as their tests say here; others are measured."""
@@ -75,62 +72,23 @@ def unknown_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def uncalled(model: nn.Module) -> dict[str, str]:
-    """{path: reader} of Linear-like layers whose weight the module around them reads without calling them, by its source."""
-    found = {}
+def read(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """({path: reader} of Linear-like layers whose weight the module around them reads without ever calling them,
+    {path: reader} of those that it reads in one branch and calls in another), by its source.
+    """
+    never, at_times = {}, {}
     modules = dict(model.named_modules())
     for path in linears(model):
         parent, _, leaf = path.rpartition(".")
         owner = modules.get(parent)
         if owner is None or not path:
             continue
-        if isinstance(owner, nn.MultiheadAttention) or leaf in read_only(type(owner)):
-            found[path] = type(owner).__name__
-    return found
-
-
-ABOUT = ("dtype", "device", "shape", "size", "ndim", "requires_grad", "is_meta")
-"""What is asked of a weight without using its numbers."""
-
-
-@functools.cache
-def read_only(kind: type[nn.Module]) -> frozenset[str]:
-    """Names of children whose weight or bias the forward of a class uses as numbers and which it never calls, by its source.
-
-    Followed are the methods that forward calls on itself. Nothing can be told where it hands itself to somebody else.
-    """
-    methods: dict[str, ast.FunctionDef] = {}
-    for base in reversed(kind.__mro__):
-        if base in (nn.Module, object) or not issubclass(base, nn.Module) or "modules.container" in base.__module__:
-            continue
-        try:
-            own = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        except (OSError, TypeError, SyntaxError):
-            return frozenset()
-        methods |= {part.name: part for part in getattr(own, "body", []) if isinstance(part, ast.FunctionDef)}
-    todo, seen, read, used = ["forward"], set(), set(), set()
-    while todo:
-        name = todo.pop()
-        if name in seen or name not in methods:
-            continue
-        seen.add(name)
-        nodes = list(ast.walk(methods[name]))
-        calls = [node for node in nodes if isinstance(node, ast.Call)]
-        if any(isinstance(given, ast.Name) and given.id == "self" for call in calls for given in call.args):
-            return frozenset()
-        todo += [found for call in calls if (found := of_self(call.func))]
-        asked = {id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr in ABOUT}
-        numbers = [n for n in nodes if isinstance(n, ast.Attribute) and n.attr in ("weight", "bias") and id(n) not in asked]
-        inner = {id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr in ("weight", "bias")}
-        read |= {of_self(node.value) for node in numbers if isinstance(node.ctx, ast.Load)}
-        used |= {of_self(node) for node in nodes if id(node) not in inner}
-    return frozenset(read - {""} - used)
-
-
-def of_self(node: ast.AST) -> str:
-    """x of `self.x`, else ""."""
-    mine = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-    return node.attr if mine else ""  # type: ignore[attr-defined]
+        only, also = readings(owner)
+        if isinstance(owner, nn.MultiheadAttention) or leaf in only:
+            never[path] = type(owner).__name__
+        elif leaf in also:
+            at_times[path] = type(owner).__name__
+    return never, at_times
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:
