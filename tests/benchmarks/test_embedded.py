@@ -36,7 +36,7 @@ from benchmarks.embedded.run import (
 )
 from benchmarks.embedded.tasks import Code, Math, final_number
 from tests import ROOT
-from tests.oracles.kinds import one_of_each_kind
+from tests.oracles.kinds import daily
 
 QUICK = Settings(steps=4, batch=2, window=64, eval_windows=4, eval_every=2, calibration_batches=4)
 
@@ -148,7 +148,7 @@ def test_scores_are_those_of_a_direct_computation(base):
     assert 0 < scores["code_accuracy"] < 1
 
 
-@pytest.mark.parametrize("name", one_of_each_kind(ll.names()))
+@pytest.mark.parametrize("name", daily(ll.names(), "lora", "antipasto_ablate", "oft"))
 def test_every_variant_runs_and_keeps_its_promises(base, name):
     bare, tokenizer = base
     before = [p.clone() for p in bare.parameters()]

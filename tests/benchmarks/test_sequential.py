@@ -28,7 +28,7 @@ from benchmarks.sequential.run import Plan, sequence
 from benchmarks.sequential.summary import finished, good, lasting, verdict
 from benchmarks.sequential.tasks import LINES, Example, contradicts, lines, order
 from lora_lite.contract.registry import borrowed
-from tests.oracles.kinds import one_of_each_kind
+from tests.oracles.kinds import daily
 
 ABC = ("A", "B_related", "C_conflict")
 TINY = ["model=tier", "steps=2", "batch=4", "lines=4", "seeds=0,1"]
@@ -289,7 +289,7 @@ def test_joint_training_sees_all_tasks():
     assert found["joint"] != found["rows"][-1]
 
 
-@pytest.mark.parametrize("name", one_of_each_kind(ll.names()))
+@pytest.mark.parametrize("name", daily(ll.names(), "lora", "antipasto_ablate", "oft"))
 def test_every_variant_runs_a_sequence_with_its_routes(name):
     found = run(name, steps=1, size=2, lines=2, routes=("A+0.5B+0.25C",))
     assert found["rows"][-1] != found["rows"][0]

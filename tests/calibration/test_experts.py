@@ -137,9 +137,16 @@ def test_rows_that_are_not_found_are_counted_whole_and_it_is_said_once():
 
 
 @pytest.mark.filterwarnings("ignore:.*parameters of experts")
-@pytest.mark.parametrize("name", ["corda", "eva", "lora_ga", "antipasto_corda"])
-@pytest.mark.parametrize("targets", ["all-linear", ("up_proj", "down_proj")])
-@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("name", ["corda", "eva", "lora_ga", pytest.param("antipasto_corda", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("targets", "turns"),
+    [
+        ("all-linear", False),
+        (("up_proj", "down_proj"), True),
+        pytest.param("all-linear", True, marks=pytest.mark.long),
+        pytest.param(("up_proj", "down_proj"), False, marks=pytest.mark.long),
+    ],
+)
 def test_experts_that_too_few_tokens_reach_are_left_out_and_it_is_said_once(name, targets, turns, monkeypatch):
     if turns:
         monkeypatch.setattr(passes, "LEAST", 1)

@@ -33,5 +33,9 @@ def representatives(names: Iterable[str] | None = None) -> set[str]:
 
 def one_of_each_kind(names: Sequence[str]) -> list[Any]:
     """The names as parameters of a slow test: one of each kind every day, the others in `just test-long`."""
-    daily = representatives(names)
-    return [name if name in daily else pytest.param(name, marks=pytest.mark.long) for name in names]
+    return daily(names, *representatives(names))
+
+
+def daily(names: Iterable[str], *chosen: str) -> list[Any]:
+    """The names as parameters of a test: the chosen ones every day, the others in `just test-long`."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.long) for name in names]

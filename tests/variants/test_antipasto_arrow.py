@@ -33,18 +33,6 @@ def moved(d_in=24, d_out=32, data=None, **fields):
     return model, adapter, model.o_proj.weight.detach(), model.o_proj.bias.detach()
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        *checks("antipasto_arrow", config(block=1, suppress_only=True, include_bias=True)),
-        *checks("antipasto_arrow", config(block=7, basis="select", block_by="score")),
-    ],
-    ids=str,
-)
-def test_every_option_is_lawful(check):
-    check()
-
-
 @pytest.mark.parametrize("basis", BASES)
 def test_output_and_gradients_equal_the_dense_form(basis):
     check_dense(config(basis=basis), dense, size=1.0)

@@ -31,18 +31,6 @@ def scaling(alpha=0.5, stat="abs_mean"):
     return q + 1e-6 * q.max()
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        *checks("antipasto_asvd", config(r=8, asvd_stat="rms", asvd_alpha=1.0)),
-        *checks("antipasto_asvd", config(r=8, suppress_only=True, include_bias=True)),
-    ],
-    ids=str,
-)
-def test_every_option_is_lawful(check):
-    check()
-
-
 def test_the_map_is_the_papers_decomposition_scaled():
     model, W, adapter = oriented(size=1.0)
     q = scaling()

@@ -32,18 +32,6 @@ def metric(basis, damp=0.0):
     return root(C) if basis == "corda" else C
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        *checks("antipasto_corda", config(r=8, basis="corda_full", damp=0.1)),
-        *checks("antipasto_corda", config(r=8, suppress_only=True, include_bias=True)),
-    ],
-    ids=str,
-)
-def test_every_option_is_lawful(check):
-    check()
-
-
 @pytest.mark.parametrize("damp", [0.0, 0.1])
 @pytest.mark.parametrize("basis", FORMS)
 def test_the_map_is_the_scaled_decomposition_with_an_explicit_inverse(basis, damp):

@@ -129,11 +129,6 @@ def test_planes_are_capped_each_or_the_block_as_a_whole():
     assert most["block"] < 0.5 < most["plane"] <= 2 * math.atan(3 * math.tan(0.25))
 
 
-@pytest.mark.parametrize("rotate", MODES)
-def test_plane_cap_is_lawful_and_has_the_gradients_of_its_formula(rotate):
-    check_finite_differences(config(rotate, cap="plane"))
-
-
 def antiparallel(model, x, u):
     """The paper's loss without its barriers: the product of what both signs of coeff do along one direction."""
     with ll.disabled(model):
@@ -319,22 +314,6 @@ def test_a_direction_of_no_strength_stays_finite():
     out = model(toy.inputs(5, 24, dtype=torch.float64))
     assert out.isfinite().all()
     assert out.abs().max() < 100
-
-
-@pytest.mark.parametrize("rotate", MODES)
-def test_gradient_pattern(rotate):
-    names = {"d"} | {f"theta_{side}" for side in ("v", "u") if rotate in (side.upper(), "both")}
-    assert live_gradients(config(rotate)) == [names, names]
-
-
-def test_gradients_are_those_of_finite_differences():
-    check_finite_differences(config("both"))
-
-
-def test_trained_and_frozen_numbers():
-    for rotate, sides in (("V", 1), ("U", 1), ("both", 2)):
-        model, _ = adapted(config(rotate))
-        assert (ll.status(model).trainable, ll.status(model).frozen) == (8 + sides * 8 * 3 // 2, 32 * 8 + 8)
 
 
 @pytest.mark.parametrize(

@@ -45,14 +45,6 @@ def dense(a, W, b, c):
     return scale * (W @ rotation(a, c).T), b
 
 
-OPTIONS = [ll.BOFTConfig(block_size=4, n_factors=2), ll.BOFTConfig(block_size=2, n_factors=3, scale=True)]
-
-
-@pytest.mark.parametrize("check", [c for cfg in OPTIONS for c in checks("boft", cfg)], ids=str)
-def test_several_factors_and_scale_are_lawful(check):
-    check()
-
-
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("size", [0.1, 1.0])
 @pytest.mark.parametrize(("b", "m", "d_in"), [(4, 1, 24), (3, 1, 24), (4, 2, 24), (2, 3, 24), (24, 1, 24), (4, 4, 64)])

@@ -56,20 +56,6 @@ def dense(a, W, b, c):
     return W + c * a.s * ((a.B0 + a.dB) @ (a.A0 + a.dA) - a.B0 @ a.A0), b
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        *checks("corda", config(method="kpm")),
-        *checks("corda", config(metric="sqrt", split="balanced", alpha=8, damp=0.0)),
-        *(c for c in checks("corda", config(call_norm=True)) if c.function.__name__ != "check_needs_data"),
-    ],
-    ids=str,
-)
-def test_every_option_is_lawful(check):
-    """Except that a mean over calls depends on how many tokens a call has, which is what call_norm means."""
-    check()
-
-
 @pytest.mark.parametrize("split", ["paper", "balanced"])
 @pytest.mark.parametrize(("method", "metric"), CHOICES)
 def test_output_and_gradients_equal_the_dense_form(method, metric, split):

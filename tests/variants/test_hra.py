@@ -27,11 +27,6 @@ def dense(a, W, b, c):
     return W @ (eye + c * (chain(a.V) - eye)), b
 
 
-@pytest.mark.parametrize("check", checks("hra", ll.HRAConfig(r=2)), ids=str)
-def test_one_pair_is_lawful(check):
-    check()
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("r", [2, 8])
 def test_output_and_gradients_equal_the_product_of_reflections(r, size):

@@ -50,19 +50,6 @@ def size(a, cfg):
     return {"stable": a.d_out**0.25 / cfg.gamma**0.5, "unit": 1.0, "gd": 1 / a.s}[cfg.scale]
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        *checks("lora_ga", config(direction="ArBr", rslora=False)),
-        *(c for c in checks("lora_ga", config(scale="peft_stable")) if c.function.__name__ != "check_needs_data"),
-    ],
-    ids=str,
-)
-def test_every_option_is_lawful(check):
-    """Except that a mean over calls depends on how many tokens a call has, which is what peft_stable means."""
-    check()
-
-
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("scale", ["stable", "unit", "gd", "peft_stable"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -239,15 +226,6 @@ def test_start_does_not_depend_on_the_bias_that_a_linear_loss_ignores():
         starts.append(ll.attach(model, cfg, toy.batches(dtype=torch.float64)).layers["o_proj"])
     assert error(starts[1].A0, starts[0].A0) < T64
     assert error(starts[1].B0, starts[0].B0) < T64
-
-
-def test_gradient_pattern():
-    assert live_gradients(config()) == [{"dA", "dB"}, {"dA", "dB"}]
-
-
-def test_trained_and_frozen_numbers():
-    model, _ = adapted(config())
-    assert (ll.status(model).trainable, ll.status(model).frozen) == (4 * (24 + 32), 4 * (24 + 32))
 
 
 def test_only_what_the_scale_reads_is_measured():

@@ -27,18 +27,6 @@ def authors(W, r):
     return (left[:, :r] * S[:r]).T, right[:r].T
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        *checks("lora_xs", config(alpha=16.0, rslora=True, include_bias=True)),
-        *checks("lora_xs", config(basis="corda", damp=0.1)),
-    ],
-    ids=str,
-)
-def test_every_option_is_lawful(check):
-    check()
-
-
 @pytest.mark.parametrize("basis", BASES)
 def test_output_and_gradients_equal_the_dense_form(basis):
     check_dense(config(basis=basis), dense)

@@ -30,11 +30,6 @@ def dense(a, W, b, c):
     return W @ rotation(a.q, c, a.d_in).T, b
 
 
-@pytest.mark.parametrize("check", [c for b in (2, 8) for c in checks("oft", ll.OFTConfig(block_size=b))], ids=str)
-def test_block_sizes_are_lawful(check):
-    check()
-
-
 @pytest.mark.parametrize("size", [0.1, 1.0])
 @pytest.mark.parametrize("block_size", [2, 3, 8, 24])
 def test_output_and_gradients_equal_the_dense_form(block_size, size):

@@ -30,14 +30,6 @@ def exact(**fields):
     return ll.OLoRAConfig(**{"r": 5, "dtype": torch.float64, **fields})
 
 
-OPTIONS = [ll.OLoRAConfig(r=4, alpha=9.0, rslora=True, buffer_dtype=torch.bfloat16)]
-
-
-@pytest.mark.parametrize("check", [c for cfg in OPTIONS for c in checks("olora", cfg)], ids=str)
-def test_options_are_lawful(check):
-    check()
-
-
 @pytest.mark.parametrize("fields", [{}, {"alpha": 8.0}, {"alpha": 8.0, "rslora": True}])
 def test_output_and_gradients_equal_the_dense_form(fields):
     check_dense(ll.OLoRAConfig(r=4, **fields), dense)

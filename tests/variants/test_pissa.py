@@ -33,17 +33,6 @@ def spectrum(o, i, values, dtype=torch.float64):
     return U @ torch.diag(values.to(dtype)) @ V.T
 
 
-OPTIONS = [
-    ll.PiSSAConfig(r=4, alpha=9.0, svd="exact"),
-    ll.PiSSAConfig(r=4, svd="fast", rslora=True, buffer_dtype=torch.bfloat16),
-]
-
-
-@pytest.mark.parametrize("check", [c for cfg in OPTIONS for c in checks("pissa", cfg)], ids=str)
-def test_options_are_lawful(check):
-    check()
-
-
 @pytest.mark.parametrize("fields", [{}, {"alpha": 8.0}, {"alpha": 8.0, "rslora": True}])
 def test_output_and_gradients_equal_the_dense_form(fields):
     check_dense(ll.PiSSAConfig(r=4, **fields), dense)

@@ -22,21 +22,6 @@ def dense(a, W, b, c):
     return W + c * a.s * (D if a.d_in <= a.d_out else D.T), b
 
 
-@pytest.mark.parametrize("check", checks("randlora", ll.RandLoRAConfig(r=8, save_shared=False)), ids=str)
-def test_contract_without_the_shared_matrices_in_the_file(check):
-    check()
-
-
-@pytest.mark.parametrize("check", checks("randlora", ll.RandLoRAConfig(r=5, alpha=40, rslora=True)), ids=str)
-def test_contract_with_a_rank_that_does_not_divide_the_layer(check):
-    check()
-
-
-@pytest.mark.parametrize("check", checks("randlora", ll.RandLoRAConfig(r=40)), ids=str)
-def test_contract_with_a_rank_above_the_layer(check):
-    check()
-
-
 @ORIENTATIONS
 @pytest.mark.parametrize("r", [1, 5, 8, 40])
 def test_output_and_gradients_equal_the_dense_sum(d_in, d_out, r):
@@ -105,26 +90,6 @@ def test_pair_of_single_numbers_starts_finite():
     assert a.A.abs() == a.B.abs() == 1
 
 
-def test_seed_chooses_the_pair():
-    pairs = [ll.attach(toy.toy(), ll.RandLoRAConfig(r=4, seed=seed)).layers["blocks.0.q_proj"] for seed in (0, 0, 1)]
-    for name in "AB":
-        assert torch.equal(getattr(pairs[0], name), getattr(pairs[1], name))
-        assert not torch.equal(getattr(pairs[0], name), getattr(pairs[2], name))
-
-
-def test_change_does_not_depend_on_the_bias():
-    check_ignores_bias(ll.RandLoRAConfig(r=4))
-
-
-@ORIENTATIONS
-def test_gradient_pattern(d_in, d_out):
-    assert live_gradients(ll.RandLoRAConfig(r=4), d_in=d_in, d_out=d_out) == [{"lam"}, {"lam", "gam"}]
-
-
-def test_decay_ends_at_the_base_model():
-    check_decay_ends_at_base(ll.RandLoRAConfig(r=4), spared={"gam"})
-
-
 @pytest.mark.parametrize(("d_in", "d_out"), [(3584, 1024), (1024, 3584)])
 def test_trained_and_frozen_numbers_of_a_large_layer(d_in, d_out):
     specs = ll.get("randlora").param_specs(d_in, d_out, ll.RandLoRAConfig())
@@ -151,20 +116,6 @@ def test_backward_keeps_one_scaled_basis_and_no_copy_of_the_shared_pair(d_in, d_
     own = {t.untyped_storage().data_ptr() for t in (a.A, a.B, a.gam, a.lam, model.o_proj.weight)}
     large = [t for pointer, t in kept.items() if pointer not in own and t.numel() > 2 * 5 * 5]
     assert [t.numel() for t in large] == [5 * 5 * 24]
-
-
-def test_file_holds_the_pair_once_or_its_hash(tmp_path):
-    names = {f"blocks.{n}.{p}.{v}" for n in (0, 1) for p in PROJECTIONS for v in ("lam", "gam")}
-    for save_shared in (True, False):
-        path = tmp_path / f"{save_shared}.safetensors"
-        model = toy.toy()
-        toy.perturb(ll.attach(model, ll.RandLoRAConfig(r=8, save_shared=save_shared)))
-        ll.save(model, path)
-        assert set(own(path)) == names | ({"*.A", "*.B"} if save_shared else set())
-        assert set(entry(path)["drawn"]) == (set() if save_shared else {"A", "B"})
-        fresh, x = toy.toy(), toy.inputs(3, 5, 24)
-        ll.load(fresh, path)
-        assert torch.equal(fresh(x), model(x))
 
 
 def repaired(B):

@@ -51,14 +51,6 @@ def turned(mode="road_1", stretched=False, **shape):
     return model, adapter
 
 
-OPTIONS = [ll.RoAdConfig(mode="road_2"), ll.RoAdConfig(mode="road_4", group_size=8)]
-
-
-@pytest.mark.parametrize("check", [c for cfg in OPTIONS for c in checks("road", cfg)], ids=str)
-def test_options_are_lawful(check):
-    check()
-
-
 @pytest.mark.parametrize("group_size", [None, 2, 8])
 @pytest.mark.parametrize("mode", MODES)
 def test_output_and_gradients_equal_explicit_two_by_two_matrices(mode, group_size):
@@ -192,23 +184,6 @@ def test_small_stretch_survives_a_low_precision_adapter():
     with torch.no_grad():
         adapter.a.fill_(2.0**-10)  # 1 + 2^-10 is 1 in bfloat16
     assert error(model(x), (1 + 2.0**-10) * y) < 1e-6
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_heavy_decay_ends_at_the_base_model(mode):
-    check_decay_ends_at_base(ll.RoAdConfig(mode=mode, group_size=8), size=1.0)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_gradient_pattern(mode):
-    assert live_gradients(ll.RoAdConfig(mode=mode)) == [{"theta", "a"}, {"theta", "a"}]
-
-
-@pytest.mark.parametrize(("mode", "numbers"), [("road_1", 32), ("road_2", 64), ("road_4", 128)])
-def test_trained_and_frozen_numbers(mode, numbers):
-    for group_size in (None, 8):
-        model, _ = adapted(ll.RoAdConfig(mode=mode, group_size=group_size))
-        assert (ll.status(model).trainable, ll.status(model).frozen) == (numbers, 0)
 
 
 def partners(cfg, width):

@@ -17,16 +17,6 @@ def dense(a, W, b, c):
     return W + c * torch.diag(a.lambda_b) @ a.B @ torch.diag(a.lambda_d) @ a.A, b
 
 
-@pytest.mark.parametrize("check", checks("vera", ll.VeRAConfig(r=8, save_shared=False)), ids=str)
-def test_contract_without_the_shared_matrices_in_the_file(check):
-    check()
-
-
-@pytest.mark.parametrize("check", checks("vera", ll.VeRAConfig(r=64, d_init=-0.5)), ids=str)
-def test_contract_with_a_rank_above_the_layer(check):
-    check()
-
-
 @pytest.mark.parametrize(("d_in", "d_out"), [(24, 32), (32, 24)])
 @pytest.mark.parametrize("r", [1, 5, 40])
 def test_output_and_gradients_equal_the_dense_form(d_in, d_out, r):
@@ -83,37 +73,12 @@ def test_there_is_no_alpha():
         ll.VeRAConfig(alpha=16)
 
 
-def test_seed_chooses_the_pair():
-    pairs = [ll.attach(toy.toy(), ll.VeRAConfig(r=4, seed=seed)).layers["blocks.0.q_proj"] for seed in (0, 0, 1)]
-    assert torch.equal(pairs[0].A, pairs[1].A)
-    assert not torch.equal(pairs[0].A, pairs[2].A)
-    assert not torch.equal(pairs[0].B, pairs[2].B)
-
-
-def test_change_does_not_depend_on_the_bias():
-    check_ignores_bias(ll.VeRAConfig(r=4))
-
-
 def test_trained_and_frozen_numbers():
     model = toy.toy()
     ll.attach(model, ll.VeRAConfig(r=8))
     outputs = 2 * (32 + 24 + 48 + 24)
     assert ll.status(model).trainable == outputs + 8 * 8
     assert ll.status(model).frozen == 8 * (48 + 48)
-
-
-def test_file_holds_the_pair_once_or_its_hash(tmp_path):
-    names = {f"blocks.{n}.{p}.lambda_{v}" for n in (0, 1) for p in PROJECTIONS for v in "bd"}
-    for save_shared in (True, False):
-        path = tmp_path / f"{save_shared}.safetensors"
-        model = toy.toy()
-        toy.perturb(ll.attach(model, ll.VeRAConfig(r=8, save_shared=save_shared)))
-        ll.save(model, path)
-        assert set(own(path)) == names | ({"*.A", "*.B"} if save_shared else set())
-        assert set(entry(path)["drawn"]) == (set() if save_shared else {"A", "B"})
-        fresh, x = toy.toy(), toy.inputs(3, 5, 24)
-        ll.load(fresh, path)
-        assert torch.equal(fresh(x), model(x))
 
 
 def test_parity_with_peft_over_layers_of_several_widths():

@@ -8,6 +8,8 @@ import zipfile
 import pytest
 
 import lora_lite as ll
+from lora_lite.cli.main import main
+from lora_lite.contract.registry import CARD_FIELDS
 from lora_lite.testing import checks
 from tests import ROOT
 
@@ -96,52 +98,58 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def test_command_line_lists_shows_and_inspects(checkpoint):
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """(exit code, stdout, stderr) of `python -m lora_lite` with these words, run in this process."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["lora_lite", *words])
+        with pytest.raises(SystemExit) as ended:
+            sys.exit(main())
+        return (ended.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def test_command_line_lists_shows_and_inspects(checkpoint, command):
     listed = python("-m", "lora_lite", "list")
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ll.names()
-    shown = python("-m", "lora_lite", "show", "lora").stdout
+    _, shown, _ = command("show", "lora")
     assert "y' = y + c s B A x" in shown
     assert "alpha            16.0" in shown
-    inspected = python("-m", "lora_lite", "inspect", str(checkpoint)).stdout
+    _, inspected, _ = command("inspect", str(checkpoint))
     assert "blocks.0.q_proj.A  (2, 24)  float32" in inspected
 
 
-def test_command_line_errors_are_short(checkpoint):
-    for arguments, word in ((("show", "lroa"), "Closest name: lora"), (("inspect", str(checkpoint) + "x"), "cannot be read")):
-        found = python("-m", "lora_lite", *arguments)
-        assert found.returncode == 2
-        assert word in found.stderr
-        assert "Traceback" not in found.stderr
+def test_command_line_errors_are_short(checkpoint, command):
+    for words, word in ((("show", "lroa"), "Closest name: lora"), (("inspect", str(checkpoint) + "x"), "cannot be read")):
+        code, _, said = command(*words)
+        assert code == 2
+        assert word in said
+        assert "Traceback" not in said
+    assert python("-m", "lora_lite", "show", "lroa").returncode == 2
 
 
-def test_new_variant_passes_the_suite_and_writes_over_nothing(tmp_path):
+def test_new_variant_passes_the_suite_and_writes_over_nothing(tmp_path, monkeypatch, command):
     places = ("--folder", "plugin", "--tests", "tests", "--reviews", "reviews")
-    made = python("-m", "lora_lite", "new", "my_method", *places, cwd=tmp_path)
-    assert made.returncode == 0, made.stderr
-    assert (tmp_path / "reviews" / "my_method.md").exists()
-    assert (tmp_path / "tests" / "test_my_method.py").exists()
-    assert "exists" in python("-m", "lora_lite", "new", "my_method", *places, cwd=tmp_path).stderr
-    assert "cannot be called" in python("-m", "lora_lite", "new", "My-Method", *places, cwd=tmp_path).stderr
-    assert "already" in python("-m", "lora_lite", "new", "lora", *places, cwd=tmp_path).stderr
-    code = """
-import my_method
-from lora_lite.contract.registry import CARD_FIELDS, card
-from lora_lite.testing import check_variant
-check_variant("my_method")
-assert set(CARD_FIELDS) <= set(card(my_method.MyMethod))
-"""
-    checked = python("-c", code, cwd=tmp_path, path=tmp_path / "plugin")
-    assert checked.returncode == 0, checked.stderr
+    monkeypatch.chdir(tmp_path)
+    assert command("new", "my_method", *places)[0] == 0
+    assert "exists" in command("new", "my_method", *places)[2]
+    assert "cannot be called" in command("new", "My-Method", *places)[2]
+    assert "already" in command("new", "lora", *places)[2]
     words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_my_method.py")
     tested = python(*words, cwd=tmp_path, path=tmp_path / "plugin")  # nothing of this repository is there
     assert tested.returncode == 0, tested.stdout
     assert "2 passed" in tested.stdout
+    review = (tmp_path / "reviews" / "my_method.md").read_text()
+    assert all(field in (tmp_path / "plugin" / "my_method.py").read_text() for field in CARD_FIELDS)
+    assert "my_method" in review
 
 
-def test_the_command_that_checks_a_variant_ends_with_how_many_promises_hold():
-    ran = python("-m", "lora_lite", "check", "ia3")
+def test_the_command_that_checks_a_variant_ends_with_how_many_promises_hold(command):
+    _, ran, _ = command("check", "ia3")
     count = len(checks("ia3"))
-    assert ran.stdout.splitlines()[-1] == f"{count} of {count} promises hold"
+    assert ran.splitlines()[-1] == f"{count} of {count} promises hold"
 
 
 def test_variants_of_other_packages_join_by_entry_point(tmp_path):

@@ -248,10 +248,14 @@ def acts_or_is_refused(cls: type, field: str, cfg: AdapterConfig | None = None) 
     }
     contexts = [{}] + [{name: v} for name, groups in others.items() if name != field for group in groups for v in group]
 
+    without: dict[str, list] = {}
+
     def acts(context: dict, change: dict) -> bool | None:
         try:
             changed = portrait(cls, dataclasses.replace(cfg, **context, **change))
-            return not same(portrait(cls, dataclasses.replace(cfg, **context)), changed)
+            if repr(context) not in without:
+                without[repr(context)] = portrait(cls, dataclasses.replace(cfg, **context))
+            return not same(without[repr(context)], changed)
         except ll.LoraLiteError:
             return None
 
