@@ -5,7 +5,7 @@ import torch
 
 import lora_lite as ll
 from lora_lite.families.basis import scores
-from lora_lite.testing import checks, toy
+from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 from lora_lite.testing.formula import T64, adapted, check_dense
 from tests.families.test_subspace import BASES, batches, kept

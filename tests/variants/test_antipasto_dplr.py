@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import lora_lite as ll
-from lora_lite.testing import checks, toy
+from lora_lite.testing import toy
 from lora_lite.testing.checks import error
-from lora_lite.testing.formula import T64, adapted, check_dense, live_gradients
+from lora_lite.testing.formula import T64, adapted, check_dense
 from tests.families.test_subspace import BASES
-from tests.oracles.layer import check_finite_differences, check_low_rank, check_pushed_out_gain_comes_back
+from tests.oracles.layer import check_low_rank, check_pushed_out_gain_comes_back
 
 
 def config(**fields):

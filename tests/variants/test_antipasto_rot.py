@@ -9,9 +9,9 @@ import lora_lite as ll
 from lora_lite.families.subspace import rotation
 from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
-from lora_lite.testing.formula import T64, adapted, check_dense, live_gradients
+from lora_lite.testing.formula import T64, adapted, check_dense
 from tests.families.test_subspace import BASES, batches
-from tests.oracles.layer import check_finite_differences, check_low_rank, check_rest_stays
+from tests.oracles.layer import check_low_rank, check_rest_stays
 
 MODES = ("V", "U", "both")
 

@@ -10,7 +10,7 @@ import torch
 
 import lora_lite as ll
 from lora_lite.families.orientation import oriented_left_svd, required
-from lora_lite.testing import checks, toy
+from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 from lora_lite.testing.formula import T64, adapted, check_dense
 from tests.oracles.layer import check_agree

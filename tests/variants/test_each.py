@@ -1,12 +1,18 @@
-"""What many variants show in the same shape, as tables of cases: which tensors learn, how many numbers, where decay ends."""
+"""What many variants show in the same shape, as tables of cases: lawful options, tensors that learn, numbers, ends of decay."""
 
 import pytest
+import torch
 
 import lora_lite as ll
+from lora_lite.testing import checks, toy
 from lora_lite.testing.formula import adapted, live_gradients
-from tests.oracles.layer import check_decay_ends_at_base, check_finite_differences
+from tests.oracles.files import entry, own
+from tests.oracles.layer import check_decay_ends_at_base, check_finite_differences, check_ignores_bias
+from tests.variants.test_lora_ga import loss_fn
 
 ARROW = ll.AntiPaSTOArrowConfig(r=8, block=3)
+DPLR = ll.AntiPaSTODPLRConfig(r=8, k=3)
+ROADS = {"road_1": 32, "road_2": 64, "road_4": 128}  # numbers for 32 outputs
 GAINS = [ll.config(name, r=8) for name in ("antipasto", "antipasto_corda", "antipasto_asvd")]
 
 
@@ -14,15 +20,93 @@ def named(value):
     return type(value).__name__.removesuffix("Config") if isinstance(value, ll.AdapterConfig) else None
 
 
+OPTIONS = {
+    "boft": [{"block_size": 4, "n_factors": 2}, {"block_size": 2, "n_factors": 3, "scale": True}],
+    "corda": [
+        {"r": 4, "method": "kpm"},
+        {"r": 4, "metric": "sqrt", "split": "balanced", "alpha": 8, "damp": 0.0},
+        {"r": 4, "call_norm": True},
+    ],
+    "delora": [
+        {"r": 4, "start": "zero_b", "lambda0": 2.0},
+        {"r": 4, "norm": "fro", "lambda0": 1.0, "lr_lambda": 0.01, "buffer_dtype": torch.bfloat16},
+    ],
+    "eva": [
+        {"r": 2, "alpha": 8, "rho": 1.0, "max_moment_dim": 0},
+        {"r": 4, "alpha": 8, "rslora": True, "center": False, "mask": "none"},
+        {"r": 4, "alpha": 8, "adjust_alpha": False, "rank_pattern": {"o_proj": 7}},
+    ],
+    "hra": [{"r": 2}],
+    "lora_xs": [
+        {"r": 8, "alpha": 16.0, "rslora": True, "include_bias": True},
+        {"r": 8, "basis": "corda", "damp": 0.1},
+    ],
+    "oft": [{"block_size": 2}, {"block_size": 8}],
+    "olora": [{"r": 4, "alpha": 9.0, "rslora": True, "buffer_dtype": torch.bfloat16}],
+    "pissa": [
+        {"r": 4, "alpha": 9.0, "svd": "exact"},
+        {"r": 4, "svd": "fast", "rslora": True, "buffer_dtype": torch.bfloat16},
+    ],
+    "randlora": [{"r": 8, "save_shared": False}, {"r": 5, "alpha": 40, "rslora": True}, {"r": 40}],  # 5 does not divide a layer
+    "road": [{"mode": "road_2"}, {"mode": "road_4", "group_size": 8}],
+    "vera": [{"r": 8, "save_shared": False}, {"r": 64, "d_init": -0.5}],
+}
+KIN = {  # of antipasto_rot and antipasto_ablate, which have tests of their own, and of corda: the code of the same family
+    "antipasto_arrow": [
+        {"r": 8, "block": 1, "suppress_only": True, "include_bias": True},
+        {"r": 8, "block": 7, "basis": "select", "block_by": "score"},
+    ],
+    "antipasto_asvd": [
+        {"r": 8, "asvd_stat": "rms", "asvd_alpha": 1.0},
+        {"r": 8, "suppress_only": True, "include_bias": True},
+    ],
+    "antipasto_corda": [
+        {"r": 8, "basis": "corda_full", "damp": 0.1},
+        {"r": 8, "suppress_only": True, "include_bias": True},
+    ],
+    "antipasto_dplr": [
+        {"r": 8, "k": 8, "suppress_only": True, "include_bias": True},
+        {"r": 8, "k": 1, "basis": "asvd"},
+    ],
+    "lora_ga": [
+        {"r": 4, "loss_fn": loss_fn, "direction": "ArBr", "rslora": False},
+        {"r": 4, "loss_fn": loss_fn, "scale": "peft_stable"},
+    ],
+}
+
+
+def promises(table, *marks):
+    """Every check with every set of options; but a mean over calls depends by its meaning on how many tokens a call has."""
+    for name, sets in table.items():
+        for number, fields in enumerate(sets):
+            by_call = fields.get("call_norm") or fields.get("scale") == "peft_stable"
+            for check in checks(name, ll.config(name, **fields)):
+                if not (by_call and check.function.__name__ == "check_needs_data"):
+                    yield pytest.param(check, marks=marks, id=f"{check}-{number}")
+
+
+@pytest.mark.parametrize("check", [*promises(OPTIONS), *promises(KIN, pytest.mark.long)])
+def test_every_option_is_lawful(check):
+    check()
+
+
 FACTORS = {"w1_a", "w1_b", "w2_a", "w2_b"}
 LEARNS = [
     *((cfg, {"g"}, {"g"}) for cfg in GAINS),
     (ARROW, {"M", "g"}, {"M", "g"}),
+    (DPLR, {"g", "B"}, {"g", "A", "B"}),
+    *(
+        (ll.AntiPaSTORotConfig(r=8, rotate=rotate), {"d", *thetas}, {"d", *thetas})
+        for rotate, thetas in (("V", {"theta_v"}), ("U", {"theta_u"}), ("both", {"theta_v", "theta_u"}))
+    ),
     (ll.BOFTConfig(n_factors=2), {"q"}, {"q"}),
     (ll.BOFTConfig(n_factors=2, scale=True), {"q", "g"}, {"q", "g"}),
     (ll.CorDAConfig(r=4, method="ipm"), {"dA", "dB"}, {"dA", "dB"}),
     (ll.CorDAConfig(r=4, method="kpm"), {"dA", "dB"}, {"dA", "dB"}),
+    (ll.DeLoRAConfig(r=4), {"A", "B", "lam"}, {"A", "B", "lam"}),
+    (ll.DeLoRAConfig(r=4, start="zero_b"), {"B"}, {"A", "B", "lam"}),
     (ll.DoRAConfig(r=4), {"B", "m"}, {"A", "B", "m"}),
+    (ll.EVAConfig(r=4, alpha=8), {"B"}, {"A", "B"}),
     (ll.HRAConfig(r=4), {"V"}, {"V"}),
     (ll.IA3Config(), {"g"}, {"g"}),
     (ll.IA3FFConfig(), {"g"}, {"g"}),
@@ -30,9 +114,11 @@ LEARNS = [
     (ll.LoHaConfig(r=4), {"w2_b"}, FACTORS),
     (ll.LoRAConfig(r=4), {"B"}, {"A", "B"}),
     (ll.LoRAConfig(r=4, init="orthogonal"), {"dA", "dB"}, {"dA", "dB"}),
+    (ll.LoRAGAConfig(r=4, loss_fn=loss_fn), {"dA", "dB"}, {"dA", "dB"}),
     (ll.OFTConfig(block_size=8), {"q"}, {"q"}),
     (ll.OLoRAConfig(r=4), {"dA", "dB"}, {"dA", "dB"}),
     (ll.PiSSAConfig(r=4), {"dA", "dB"}, {"dA", "dB"}),
+    *((ll.RoAdConfig(mode=mode), {"theta", "a"}, {"theta", "a"}) for mode in ROADS),
     (ll.VeRAConfig(r=4), {"lambda_b"}, {"lambda_b", "lambda_d"}),
 ]
 
@@ -47,6 +133,11 @@ PAIR = 4 * (24 + 32)  # A and B of rank 4 on the layer of 24 x 32
 NUMBERS = [
     *((cfg, 8, 32 * 8 + 8) for cfg in GAINS),
     (ARROW, 3 * 3 + 8 - 3, 32 * 8),
+    (DPLR, 8 + 2 * 8 * 3, 32 * 8 + 8),
+    *(
+        (ll.AntiPaSTORotConfig(r=8, rotate=rotate), 8 + sides * 8 * 3 // 2, 32 * 8 + 8)
+        for rotate, sides in (("V", 1), ("U", 1), ("both", 2))
+    ),
     *((ll.BOFTConfig(n_factors=m, scale=s), m * 24 * 3 // 2 + 32 * s, 0) for m in (1, 2) for s in (False, True)),
     (ll.CorDAConfig(r=4), PAIR, PAIR),
     (ll.DoRAConfig(r=4), PAIR + 32, 32),
@@ -55,10 +146,12 @@ NUMBERS = [
     (ll.IA3FFConfig(), 24, 0),
     (ll.LoHaConfig(r=4), 2 * PAIR, 0),
     (ll.LoRAConfig(r=4), PAIR, 0),
+    (ll.LoRAGAConfig(r=4, loss_fn=loss_fn), PAIR, PAIR),
     (ll.LoRAXSConfig(r=8), 8 * 8, 32 * 8),
     (ll.OFTConfig(block_size=8), 24 * 7 // 2, 0),
     (ll.OLoRAConfig(r=4), PAIR, PAIR),
     (ll.PiSSAConfig(r=4), PAIR, PAIR),
+    *((ll.RoAdConfig(mode=mode, group_size=size), numbers, 0) for mode, numbers in ROADS.items() for size in (None, 8)),
 ]
 
 
@@ -74,6 +167,8 @@ DECAYING = [
     (ll.IA3FFConfig(), {}),
     (ll.OLoRAConfig(r=4), {}),
     (ll.PiSSAConfig(r=4), {}),
+    (ll.RandLoRAConfig(r=4), {"spared": {"gam"}}),
+    *((ll.RoAdConfig(mode=mode, group_size=8), {"size": 1.0}) for mode in ROADS),
     (ll.VeRAConfig(r=4), {"spared": {"lambda_d"}}),
 ]
 
@@ -84,7 +179,14 @@ def test_heavy_decay_ends_at_the_base_model(cfg, options):
 
 
 @pytest.mark.parametrize(
-    ("cfg", "size"), [*((cfg, 1.0) for cfg in GAINS), (ARROW, 1.0), (ll.LoRAXSConfig(r=3), 0.3)], ids=named
+    ("cfg", "size"),
+    [
+        *((cfg, 1.0) for cfg in (*GAINS, ARROW, DPLR)),
+        *((ll.AntiPaSTORotConfig(r=8, rotate=rotate, cap="plane"), 0.3) for rotate in ("V", "U", "both")),
+        (ll.AntiPaSTORotConfig(r=8, rotate="both"), 0.3),
+        (ll.LoRAXSConfig(r=3), 0.3),
+    ],
+    ids=named,
 )
 def test_gradients_are_those_of_finite_differences(cfg, size):
     check_finite_differences(cfg, size=size)
@@ -103,3 +205,33 @@ def test_recommended_rate(cfg, rate):
 def test_rank_and_alpha_are_refused(config, field):
     with pytest.raises(ll.LoraLiteError, match=rf"{config.__name__}\({field}=8.*This method has no {field}"):
         config(**{field: 8})
+
+
+shared = pytest.mark.parametrize(("name", "trained"), [("randlora", ("lam", "gam")), ("vera", ("lambda_b", "lambda_d"))])
+
+
+@shared
+def test_change_of_a_shared_pair_does_not_depend_on_the_bias(name, trained):
+    check_ignores_bias(ll.config(name, r=4))
+
+
+@shared
+def test_seed_chooses_the_shared_pair(name, trained):
+    pairs = [ll.attach(toy.toy(), ll.config(name, r=4, seed=seed)).layers["blocks.0.q_proj"] for seed in (0, 0, 1)]
+    for matrix in "AB":
+        first, same, other = (getattr(a, matrix) for a in pairs)
+        assert torch.equal(first, same)
+        assert not torch.equal(first, other)
+
+
+@shared
+@pytest.mark.parametrize("save_shared", [True, False])
+def test_file_holds_the_shared_pair_once_or_its_hash(name, trained, save_shared, tmp_path):
+    model, fresh, x = toy.toy(), toy.toy(), toy.inputs(3, 5, 24)
+    toy.perturb(ll.attach(model, ll.config(name, r=8, save_shared=save_shared)))
+    ll.save(model, tmp_path / "a.safetensors")
+    names = {f"blocks.{n}.{p}_proj.{tensor}" for n in (0, 1) for p in ("q", "o", "up", "down") for tensor in trained}
+    assert set(own(tmp_path / "a.safetensors")) == names | ({"*.A", "*.B"} if save_shared else set())
+    assert set(entry(tmp_path / "a.safetensors")["drawn"]) == (set() if save_shared else {"A", "B"})
+    ll.load(fresh, tmp_path / "a.safetensors")
+    assert torch.equal(fresh(x), model(x))

@@ -8,9 +8,9 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite.contract.pattern import fits
-from lora_lite.testing import checks, toy
+from lora_lite.testing import toy
 from lora_lite.testing.checks import error
-from lora_lite.testing.formula import T64, adapted, check_dense, live_gradients
+from lora_lite.testing.formula import T64, adapted, check_dense
 from tests.oracles.layer import check_parity_by_name
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import lora_lite as ll
-from lora_lite.testing import checks, toy
+from lora_lite.testing import toy
 from lora_lite.testing.checks import error
-from lora_lite.testing.formula import T64, adapted, check_dense, live_gradients
+from lora_lite.testing.formula import T64, adapted, check_dense
 from tests.oracles.layer import check_agree
 
 SHAPES = [(24, 32), (32, 24)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora_lite as ll
-from lora_lite.testing import checks, toy
+from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 from lora_lite.testing.formula import T64, adapted, check_dense
 from tests.oracles.layer import check_rotates_input, input_map, peft_layer

@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite.mathematics import spectrum as svd
-from lora_lite.testing import checks, toy
+from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 from lora_lite.testing.formula import T64, adapted, check_dense
 from tests.oracles.layer import check_parity, peft_layer

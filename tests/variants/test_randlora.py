@@ -6,11 +6,10 @@ import torch
 import lora_lite as ll
 from lora_lite.contract import shared
 from lora_lite.core.merge import effective
-from lora_lite.testing import checks, toy
+from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 from lora_lite.testing.formula import adapted, check_dense, live_gradients
-from tests.oracles.files import entry, own
-from tests.oracles.layer import check_agree, check_decay_ends_at_base, check_ignores_bias, check_parity
+from tests.oracles.layer import check_agree, check_parity
 
 PROJECTIONS = ["q_proj", "o_proj", "up_proj", "down_proj"]
 ORIENTATIONS = pytest.mark.parametrize(("d_in", "d_out"), [(24, 32), (32, 24), (24, 24)])
@@ -88,6 +87,11 @@ def test_pair_of_single_numbers_starts_finite():
     shared.allocate({"": a})
     shared.fill({"": a}, shared.draws({"": a}, 0))
     assert a.A.abs() == a.B.abs() == 1
+
+
+@ORIENTATIONS
+def test_gradient_pattern(d_in, d_out):
+    assert live_gradients(ll.RandLoRAConfig(r=4), d_in=d_in, d_out=d_out) == [{"lam"}, {"lam", "gam"}]
 
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(3584, 1024), (1024, 3584)])

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 import lora_lite as ll
-from lora_lite.testing import checks, toy
+from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 from lora_lite.testing.formula import T64, adapted, check_dense
-from tests.oracles.files import entry, own
-from tests.oracles.layer import check_agree, check_ignores_bias
+from tests.oracles.layer import check_agree
 
 PROJECTIONS = ["q_proj", "o_proj", "up_proj", "down_proj"]
 
