@@ -1,38 +1,20 @@
-"""OLoRA against the full QR of W, the paper's formula in dense float64, and PEFT."""
+"""OLoRA's start against the full QR of W and PEFT's; the rest is in tests/families/test_twin_methods.py."""
 
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 
 import lora_lite as ll
 from lora_lite.testing import toy
 from lora_lite.testing.checks import error
-from lora_lite.testing.formula import T64, adapted, check_dense
-from tests.oracles.layer import check_parity, peft_layer
-
-
-def dense(a, W, b, c):
-    return W + c * a.s * ((a.B0 + a.dB) @ (a.A0 + a.dA) - a.B0 @ a.A0), b
-
-
-def started(cfg, weight, dtype=torch.float64):
-    """(layer, adapter) right after attach on a layer with this weight."""
-    model = nn.ModuleDict({"o_proj": nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype)})
-    with torch.no_grad():
-        model.o_proj.weight.copy_(weight)
-    handle = ll.attach(model, cfg)
-    return model.o_proj, handle.layers["o_proj"]
+from lora_lite.testing.formula import T64, adapted
+from tests.families.test_twin_methods import configs, started
+from tests.oracles.layer import peft_layer
 
 
 def exact(**fields):
     return ll.OLoRAConfig(**{"r": 5, "dtype": torch.float64, **fields})
-
-
-@pytest.mark.parametrize("fields", [{}, {"alpha": 8.0}, {"alpha": 8.0, "rslora": True}])
-def test_output_and_gradients_equal_the_dense_form(fields):
-    check_dense(ll.OLoRAConfig(r=4, **fields), dense)
 
 
 @pytest.mark.parametrize(("o", "i"), [(32, 24), (24, 32), (24, 24)])
@@ -107,23 +89,6 @@ def test_a_weight_of_zeros_starts_finite():
     assert not adapter.A0.any()
 
 
-def test_identity_does_not_depend_on_the_factors():
-    x = toy.inputs(5, 24)
-    base = toy.one()(x)
-    model, adapter = adapted(ll.OLoRAConfig(r=4), dtype=torch.float32, size=0)
-    with torch.no_grad():
-        adapter.A0.add_(toy.inputs(4, 24))
-        adapter.B0.copy_(1e4 * toy.inputs(32, 4))
-    assert torch.equal(model(x), base)
-
-
-def test_rank_and_recommended_options():
-    _, adapter = adapted(ll.OLoRAConfig(r=4))
-    assert adapter.claims.rank(adapter.cfg) == 8
-    cfg = ll.OLoRAConfig()
-    assert (cfg.r, cfg.s, cfg.lr) == (16, 0.5, 3e-4)
-
-
 def test_bad_options_are_refused():
     with pytest.raises(ll.LoraLiteError, match=r"o_proj.*r=25 is larger than the layer allows"):
         adapted(ll.OLoRAConfig(r=25))
@@ -131,58 +96,11 @@ def test_bad_options_are_refused():
         ll.OLoRAConfig(svd="exact")
 
 
-FIELDS = [{"lora_alpha": 4}, {"lora_alpha": 9, "use_rslora": True}]
-
-
-def both_configs(fields):
-    peft = pytest.importorskip("peft")
-    theirs = peft.LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights="olora", lora_dropout=0.0, **fields)
-    return ll.OLoRAConfig(r=4, alpha=fields["lora_alpha"], rslora=fields.get("use_rslora", False)), theirs
-
-
-@pytest.mark.parametrize("fields", FIELDS)
-@pytest.mark.parametrize(("d_in", "d_out"), [(24, 32), (32, 24)])
-def test_start_agrees_with_peft(fields, d_in, d_out):
-    cfg, config = both_configs(fields)
-    theirs = peft_layer(config, d_in, d_out)
-    model, ours = adapted(cfg, d_in, d_out, dtype=torch.float32, size=0)
-    # the same signs, since both are Householder factorizations
-    assert error(ours.A0, theirs.lora_A["default"].weight) < 1e-6
-    assert error(ours.B0, theirs.lora_B["default"].weight) < 1e-6
-    residual = toy.one(d_in, d_out).o_proj.weight - ours.s * ours.B0 @ ours.A0
-    assert error(theirs.base_layer.weight, residual) < 1e-6
-    assert torch.equal(model.o_proj.weight, toy.one(d_in, d_out).o_proj.weight)
-
-
-@pytest.mark.parametrize("fields", FIELDS)
-def test_parity_with_peft_after_training(fields):
-    def fill(ours, theirs):
-        ours.dA.copy_(theirs.lora_A["default"].weight - ours.A0)
-        ours.dB.copy_(theirs.lora_B["default"].weight - ours.B0)
-
-    def pairs(ours, theirs):
-        return [
-            (ours.dA.grad, theirs.lora_A["default"].weight.grad),
-            (ours.dB.grad, theirs.lora_B["default"].weight.grad),
-        ]
-
-    check_parity(*both_configs(fields), pairs, fill)
-
-
 def test_start_of_peft_is_the_base_to_rounding_and_ours_bit_for_bit():
-    cfg, config = both_configs(FIELDS[0])
+    cfg, config = configs("olora")
     x = toy.inputs(5, 24)
     base, theirs = toy.one()(x), peft_layer(config)(x)
     model, _ = adapted(cfg, dtype=torch.float32, size=0)
     assert torch.equal(model(x), base)
     assert not torch.equal(theirs, base)
     assert error(theirs, base) < 1e-5
-
-
-def test_peft_leaves_a_residual_in_the_base_and_we_leave_the_base():
-    cfg, config = both_configs(FIELDS[0])
-    pristine = toy.one().o_proj.weight
-    model, _ = adapted(cfg, dtype=torch.float32)
-    ll.detach(model)
-    assert torch.equal(model.o_proj.weight, pristine)
-    assert error(peft_layer(config).base_layer.weight, pristine) > 0.01
