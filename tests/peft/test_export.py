@@ -25,6 +25,13 @@ BOUNDED = [name for name in ll.names() if ll.get(name).claims.rank]
 UNBOUNDED = [name for name in ll.names() if name not in BOUNDED and name not in layouts()]
 
 
+def leaves(model, folder, base=qwen, **options):
+    """(what the export reports, PEFT's options, PEFT's tensors) of a folder that gives in PEFT the logits of the model."""
+    written = ll.export_peft(model, folder, **options)
+    assert distance(in_peft(base, folder), logits(model)) < TOLERANCE
+    return written, *read_folder(folder)
+
+
 @pytest.mark.parametrize("base", [qwen, gpt2])
 @pytest.mark.parametrize("variant", ll.names())
 def test_every_variant_leaves_for_peft_with_its_logits(variant, base):
@@ -40,13 +47,11 @@ def test_every_variant_leaves_for_peft_with_its_logits(variant, base):
 @pytest.mark.parametrize("variant", BOUNDED)
 def test_plain_lora_is_exact_at_the_claimed_rank_and_no_larger(variant, tmp_path):
     model, handle = attached(variant)
-    written = ll.export_peft(model, tmp_path / "a", plain=True)
+    written, options, tensors = leaves(model, tmp_path / "a", plain=True)
     claimed = max(min(a.claims.rank(a.cfg), a.d_in, a.d_out) for a in handle.layers.values())
-    options, tensors = read_folder(tmp_path / "a")
     assert (written.rank, options["r"], options["lora_alpha"]) == (claimed, claimed, claimed)
     assert 0 < written.worst < 1e-6
     assert {t.shape[0] for k, t in tensors.items() if "lora_A" in k} == {claimed}
-    assert distance(in_peft(qwen, tmp_path / "a"), logits(model)) < TOLERANCE
     again = qwen()
     ll.load_peft(again, tmp_path / "a")
     assert distance(logits(again), logits(model)) < TOLERANCE
@@ -57,25 +62,21 @@ def test_plain_lora_is_exact_at_the_claimed_rank_and_no_larger(variant, tmp_path
 def test_the_coefficient_is_part_of_the_numbers(variant, coeff, tmp_path):
     model, handle = attached(variant)
     handle.scale(coeff)
-    written = ll.export_peft(model, tmp_path / "a")
+    written, _, _ = leaves(model, tmp_path / "a")
     assert written.rank is not None
     assert f"the coefficient {coeff}" in str(written)
-    assert distance(in_peft(qwen, tmp_path / "a"), logits(model)) < TOLERANCE
 
 
 def test_a_form_of_lora_that_peft_lacks_leaves_as_plain_lora_of_its_own_rank(tmp_path):
     model, _ = attached("lora", init="orthogonal")
-    assert ll.export_peft(model, tmp_path / "a").rank == 16
-    assert distance(in_peft(qwen, tmp_path / "a"), logits(model)) < TOLERANCE
+    assert leaves(model, tmp_path / "a")[0].rank == 16
 
 
 def test_several_adapters_leave_as_one(tmp_path):
     model, _ = attached("lora")
     perturb(ll.attach(model, ll.config("hra", r=4, targets=("q_proj", "k_proj")), name="turn"))
     ll.scale(model, 0.5, name="turn")
-    written = ll.export_peft(model, tmp_path / "both")
-    assert written.rank == 12
-    assert distance(in_peft(qwen, tmp_path / "both"), logits(model)) < TOLERANCE
+    assert leaves(model, tmp_path / "both")[0].rank == 12
     with ll.disabled(model, "turn"):
         want = logits(model)
     assert ll.export_peft(model, tmp_path / "one", name="default").rank is None
@@ -84,36 +85,29 @@ def test_several_adapters_leave_as_one(tmp_path):
 
 def test_ranks_by_layer_stay_in_peft_and_are_padded_in_plain_lora(tmp_path):
     model, _ = attached("lora", rank_pattern={"q_proj": 2, "re:layers.1.*down": 3})
-    ll.export_peft(model, tmp_path / "own")
-    options, _ = read_folder(tmp_path / "own")
+    _, options, _ = leaves(model, tmp_path / "own")
     assert sorted(options["rank_pattern"].values()) == [2, 2, 3]
     assert options["lora_alpha"] == 16
-    ll.export_peft(model, tmp_path / "plain", plain=True)
-    options, tensors = read_folder(tmp_path / "plain")
+    _, options, tensors = leaves(model, tmp_path / "plain", plain=True)
     assert "rank_pattern" not in options
     assert {t.shape[0] for k, t in tensors.items() if "lora_A" in k} == {8}
-    for folder in ("own", "plain"):
-        assert distance(in_peft(qwen, tmp_path / folder), logits(model)) < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", ["loha", "lokr"])
 @pytest.mark.parametrize("fields", [{"rslora": True}, {"alpha": None}])
 def test_scales_that_peft_has_no_word_for_become_its_alpha(variant, fields, tmp_path):
     model, _ = attached(variant, **fields, rank_pattern={"q_proj": 2})
-    ll.export_peft(model, tmp_path / "a")
-    options, _ = read_folder(tmp_path / "a")
+    _, options, _ = leaves(model, tmp_path / "a")
     assert options["peft_type"] == layouts()[variant].peft_type
     assert options["alpha_pattern"]
-    assert distance(in_peft(qwen, tmp_path / "a"), logits(model)) < TOLERANCE
 
 
 @pytest.mark.parametrize("base", [qwen, gpt2])
 def test_a_bias_that_moves_goes_along_and_is_said(base, tmp_path):
     model, _ = attached("antipasto_ablate", base, targets=("o_proj", "mlp.c_proj")[base is gpt2 :][:1], roles=None)
-    written = ll.export_peft(model, tmp_path / "a")
+    written, options, _ = leaves(model, tmp_path / "a", base)
     assert "the bias moves too" in str(written)
-    assert read_folder(tmp_path / "a")[0]["lora_bias"] is True
-    assert distance(in_peft(base, tmp_path / "a"), logits(model)) < TOLERANCE
+    assert options["lora_bias"] is True
 
 
 @pytest.mark.parametrize("kind", ["eight_bit", "four_bit", "int8"])
@@ -205,9 +199,7 @@ def test_plain_lora_is_what_vllm_and_llama_cpp_document(variant, tmp_path):
         A, B = (tensors[f"base_model.model.{path}.lora_{side}.weight"] for side in "AB")
         assert (A.shape[1], B.shape[0]) == (a.d_in, a.d_out)
         assert A.dtype == B.dtype == torch.float32
-        assert (
-            A.shape[0] == B.shape[1] == options["r"]
-        )  # vLLM scales by lora_alpha / r of the config, llama.cpp by the tensor's
+        assert A.shape[0] == B.shape[1] == options["r"]  # vLLM divides lora_alpha by the config's, llama.cpp by the tensor's
     assert options["lora_alpha"] == options["r"] <= 512
     assert (options["bias"], options["modules_to_save"], options["use_dora"]) == ("none", None, False)
     assert options["lora_bias"] is options["use_rslora"] is False

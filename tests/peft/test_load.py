@@ -49,13 +49,19 @@ def folder_of(tmp_path, case="lora", base=qwen, config=None):
     return folder, want
 
 
+def arrives(folder, want, base=qwen, **options):
+    """(model, handle) of a folder that gives these logits here."""
+    model = base()
+    handle = ll.load_peft(model, folder, **options)
+    assert distance(logits(model), want) < TOLERANCE
+    return model, handle
+
+
 @pytest.mark.parametrize(("base", "case"), EVERYWHERE, ids=[f"{base.__name__}-{case}" for base, case in EVERYWHERE])
 def test_logits_equal_those_of_peft_and_so_do_they_after_the_way_back(base, case, tmp_path):
     folder, want = folder_of(tmp_path, case, base)
-    model = base()
-    assert distance(logits(model), want) > 0.02
-    ll.load_peft(model, folder)
-    assert distance(logits(model), want) < TOLERANCE
+    assert distance(logits(base()), want) > 0.02
+    model, _ = arrives(folder, want, base)
     written = ll.export_peft(model, tmp_path / "back")
     assert written.rank is None, "not in PEFT's own form"
     assert distance(in_peft(base, tmp_path / "back"), want) < TOLERANCE
@@ -84,9 +90,7 @@ def test_layers_are_those_that_peft_selects(fields, tmp_path):
     if fields["target_modules"] == "all-linear":  # PEFT resolves it when it saves
         config["target_modules"] = "all-linear"
         (folder / "adapter_config.json").write_text(json.dumps(config))
-    model = qwen()
-    ll.load_peft(model, folder)
-    assert distance(logits(model), want) < TOLERANCE
+    arrives(folder, want)
 
 
 def test_selection_follows_the_rule_of_peft_on_awkward_paths():
@@ -123,15 +127,14 @@ def test_loading_draws_nothing_and_keeps_a_checkpoint_of_ours(tmp_path):
 
 def test_a_folder_of_both_sides_is_two_adapters_with_one_handle(tmp_path):
     folder, want = folder_of(tmp_path, "ia3-both-sides")
-    model = qwen()
-    handle = ll.load_peft(model, folder, name="style")
+    model, handle = arrives(folder, want, name="style")
     assert isinstance(handle, AttachedParts)
     assert [part.name for part in handle.parts] == ["style", "style_2"]
     assert len(handle.layers) == 6
     assert len(list(handle.parameters())) == 6
     with handle.scale(0.0):
         assert torch.equal(logits(model), logits(qwen()))
-    assert distance(logits(model), want) < TOLERANCE
+    assert distance(logits(model), want) < TOLERANCE  # after the coefficient came back
     with pytest.raises(ll.LoraLiteError, match=r'became 2 adapters(?s:.)*name="style"'):
         handle.save(tmp_path / "a.safetensors")
     for part in handle.parts:
@@ -146,10 +149,8 @@ def test_a_folder_of_both_sides_is_two_adapters_with_one_handle(tmp_path):
 
 def test_dropout_is_reported_and_left_out(tmp_path):
     folder, want = folder_of(tmp_path, config=peft.LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"]))
-    model = qwen()
     with pytest.warns(ll.LoraLiteWarning, match=r"lora_dropout=0.1"):
-        ll.load_peft(model, folder)
-    assert distance(logits(model), want) < TOLERANCE
+        arrives(folder, want)
 
 
 def test_a_series_that_has_converged_is_a_rotation_and_one_that_has_not_is_refused(tmp_path):
@@ -158,9 +159,7 @@ def test_a_series_that_has_converged_is_a_rotation_and_one_that_has_not_is_refus
         randomise(model, size)
         quietly(model.save_pretrained, folder)
         if size < 0.01:
-            ours = qwen()
-            ll.load_peft(ours, folder)
-            assert distance(logits(ours), logits(model)) < TOLERANCE
+            arrives(folder, logits(model))
     with pytest.raises(ll.LoraLiteError, match=r"use_cayley_neumann=True: .* away from a rotation"):
         ll.load_peft(qwen(), folder)
 
@@ -188,9 +187,7 @@ def test_a_start_that_rewrote_the_base_is_refused_and_its_conversion_is_not(tmp_
     with pytest.raises(ll.LoraLiteError, match=r"init_lora_weights='pissa'(?s:.)*path_initial_model_for_weight_conversion"):
         ll.load_peft(qwen(), tmp_path / "rewritten")
     quietly(model.save_pretrained, tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    ours = qwen()
-    ll.load_peft(ours, tmp_path / "converted")
-    assert distance(logits(ours), want) < TOLERANCE
+    arrives(tmp_path / "converted", want)
 
 
 REFUSED = {

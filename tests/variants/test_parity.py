@@ -11,6 +11,7 @@ from torch import nn
 
 import lora_lite as ll
 from tests.oracles.layer import check_parity
+from tests.variants.test_randlora import repaired
 
 peft = pytest.importorskip("peft")
 
@@ -35,10 +36,22 @@ LORA = plain("lora_", "A", "B")
 SCALED: dict[str, Any] = {"r": 4, "lora_alpha": 8, **LAYER, "init_lora_weights": False, "lora_dropout": 0.0}
 IA3 = {"g": Peer("ia3_l", lambda l: l.flatten() - 1, torch.flatten)}
 TURNED = {"q": Peer("oft_R", torch.neg, torch.neg)}
+RANDLORA = {
+    "A": Peer("randlora_A", lambda A: A[:, 0]),
+    "B": Peer("randlora_B", repaired),
+    "lam": Peer("randlora_lambda", torch.t, torch.t),
+    "gam": Peer("randlora_gamma"),
+}
 
 CASES = {
     **{
-        f"lora-rslora={root}": (ll.LoRAConfig(r=4, alpha=8, rslora=root), peft.LoraConfig(**SCALED, use_rslora=root), LORA, {})
+        f"{name}-rslora={root}": (
+            ll.config(name, r=4, alpha=8, rslora=root),
+            peft.LoraConfig(**SCALED, use_rslora=root),
+            LORA,
+            {},
+        )
+        for name in ("lora", "eva")
         for root in (False, True)
     },
     **{
@@ -78,6 +91,15 @@ CASES = {
         )
         for inputs in ([], ["o_proj"])
         for bias in (True, False)
+    },
+    **{
+        f"randlora-{d_in}-{d_out}-{r}": (
+            ll.RandLoRAConfig(r=r, alpha=3 * r),
+            peft.RandLoraConfig(r=r, randlora_alpha=3 * r, randlora_dropout=0.0, **DRAWN),
+            RANDLORA,
+            {"d_in": d_in, "d_out": d_out, "bias": r != 5},
+        )
+        for d_in, d_out, r in ((24, 32, 8), (32, 24, 8), (24, 32, 5), (32, 24, 5), (24, 24, 24))
     },
     "hra": (ll.HRAConfig(r=8), peft.HRAConfig(r=8, **DRAWN), {"V": Peer("hra_u", torch.t, torch.t)}, {}),
     **{
