@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from tests.oracles.layer import check_parity
+from lora_lite.testing import toy
+from tests.oracles.layer import check_agree, check_parity
 from tests.variants.test_randlora import repaired
 
 peft = pytest.importorskip("peft")
@@ -114,12 +115,13 @@ CASES = {
 }
 
 
+def tensor(theirs, peer):
+    held = getattr(theirs, peer.name)["default"]
+    return held.weight if isinstance(held, nn.Module) else held
+
+
 @pytest.mark.parametrize(("cfg", "config", "peers", "shape"), CASES.values(), ids=CASES)
 def test_parity_with_peft(cfg, config, peers, shape):
-    def tensor(theirs, peer):
-        held = getattr(theirs, peer.name)["default"]
-        return held.weight if isinstance(held, nn.Module) else held
-
     def fill(ours, theirs):
         for name, peer in peers.items():
             getattr(ours, name).copy_(peer.values(tensor(theirs, peer)))
@@ -131,3 +133,51 @@ def test_parity_with_peft(cfg, config, peers, shape):
         ]
 
     check_parity(cfg, config, pairs, fill, **shape)
+
+
+WIDE: dict[str, Any] = {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"], "init_weights": False}
+
+
+@pytest.mark.parametrize(
+    ("cfg", "config", "pair", "trained", "less"),
+    [
+        (
+            ll.VeRAConfig(r=6),
+            peft.VeraConfig(r=6, **WIDE),
+            plain("vera_", "A", "B"),
+            plain("vera_", "lambda_b", "lambda_d"),
+            ("vera_lambda_b", 0.3),
+        ),
+        (
+            ll.RandLoRAConfig(r=6),  # at its default scale
+            peft.RandLoraConfig(r=6, randlora_alpha=120, randlora_dropout=0.0, **WIDE),
+            {  # A as wide as any layer needs, PEFT's has 48; all layers have 4 bases here, PEFT's B 8: the columns of the first
+                "A": Peer("randlora_A", lambda A: A[:, 0, :24]),
+                "B": Peer("randlora_B", lambda B: repaired(B[:, :4])),
+            },
+            {"lam": RANDLORA["lam"], "gam": RANDLORA["gam"]},
+            ("randlora_lambda", 0.03),
+        ),
+    ],
+    ids=["vera", "randlora"],
+)
+def test_parity_with_peft_over_layers_of_several_widths(cfg, config, pair, trained, less):
+    """The same rows and columns of the shared pair go to each layer."""
+    theirs, ours = peft.get_peft_model(toy.toy(), config), toy.toy()
+    layers = {a: theirs.base_model.model.get_submodule(path) for path, a in ll.attach(ours, cfg).layers.items()}
+    with torch.no_grad():
+        for a, layer in layers.items():
+            getattr(layer, less[0])["default"].mul_(less[1])
+            for name, peer in pair.items():
+                a.shared[name].tensor.copy_(peer.values(tensor(layer, peer)))
+            for name, peer in trained.items():
+                getattr(a, name).copy_(peer.values(tensor(layer, peer)))
+
+    def gradients():
+        return [
+            (getattr(a, name).grad, peer.gradient(tensor(layer, peer).grad))
+            for a, layer in layers.items()
+            for name, peer in trained.items()
+        ]
+
+    check_agree(ours, theirs, toy.inputs(3, 5, 24), gradients)
