@@ -412,22 +412,6 @@ def test_statistics_are_needed_only_where_the_seed_says_so():
     assert "y_moment" in cls.wants(config())
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"k": 9}, r"k is 1 to r=8"),
-        ({"k": 0}, r"k is 1 to r=8"),
-        ({"init_alpha": 1.5}, r"init_alpha, wake is in \[0, 1\]"),
-        ({"wake": -0.1}, r"init_alpha, wake is in \[0, 1\]"),
-        ({"seed_direction": "mean"}, "seed_direction: one of 'auto'"),
-        ({"seed_direction": "random", "add_contrast": False}, "add_contrast is True"),
-    ],
-)
-def test_bad_options_are_refused(fields, message):
-    with pytest.raises(ll.LoraLiteError, match=message):
-        config(**fields)
-
-
 def test_contrast_without_two_classes_is_refused():
     model = toy.one()
     for data, message in (

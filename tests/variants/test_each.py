@@ -5,9 +5,10 @@ import torch
 
 import lora_lite as ll
 from lora_lite.testing import checks, toy
+from lora_lite.testing.checks import error
 from lora_lite.testing.formula import adapted, live_gradients
 from tests.oracles.files import entry, own
-from tests.oracles.layer import check_decay_ends_at_base, check_finite_differences, check_ignores_bias
+from tests.oracles.layer import check_decay_ends_at_base, check_finite_differences, check_ignores_bias, check_rotates_input
 from tests.variants.test_lora_ga import loss_fn
 
 ARROW = ll.AntiPaSTOArrowConfig(r=8, block=3)
@@ -200,11 +201,130 @@ def test_recommended_rate(cfg, rate):
     assert {group["lr"] for group in ll.param_groups(model)} == {rate}
 
 
-@pytest.mark.parametrize("field", ["r", "alpha"])
-@pytest.mark.parametrize("config", [ll.IA3Config, ll.IA3FFConfig])
-def test_rank_and_alpha_are_refused(config, field):
-    with pytest.raises(ll.LoraLiteError, match=rf"{config.__name__}\({field}=8.*This method has no {field}"):
-        config(**{field: 8})
+REFUSED = [
+    *(("antipasto_ablate", {"r": 8, "k": k}, r"k is 1 to r=8") for k in (9, 0)),
+    ("antipasto_ablate", {"r": 8, "init_alpha": 1.5}, r"init_alpha, wake is in \[0, 1\]"),
+    ("antipasto_ablate", {"r": 8, "wake": -0.1}, r"init_alpha, wake is in \[0, 1\]"),
+    ("antipasto_ablate", {"r": 8, "seed_direction": "mean"}, "seed_direction: one of 'auto'"),
+    ("antipasto_ablate", {"r": 8, "seed_direction": "random", "add_contrast": False}, "add_contrast is True"),
+    ("boft", {"block_size": 1}, "(?s)block_size=1.*at least 2"),
+    ("boft", {"block_size": 3, "n_factors": 2}, "(?s)block_size=3.*even where n_factors > 1"),
+    ("boft", {"n_factors": 0}, "(?s)n_factors=0.*at least 1"),
+    ("boft", {"r": 8}, "(?s)This method has no r"),
+    *(
+        ("delora", {field: value}, rf"{field}={value}\) cannot be built. {field} is a finite number above 0")
+        for field in ("lambda0", "lr_lambda")
+        for value in (0.0, -1.0, float("inf"), float("nan"))
+    ),
+    ("delora", {"alpha": 8.0}, r"alpha=8.0\) cannot be built. This method has no alpha"),
+    ("delora", {"rslora": True}, r"rslora=True\) cannot be built. rslora: one of False"),
+    ("delora", {"start": "zero_a"}, r"start='zero_a'\) cannot be built. start: one of 'frozen_copy', 'zero_b'"),
+    ("delora", {"norm": "row"}, r"norm='row'\) cannot be built. norm: one of 'column', 'fro'"),
+    ("hra", {"alpha": 8.0}, r"HRAConfig\(alpha=.*cannot be built"),
+    ("hra", {"rslora": True}, r"HRAConfig\(rslora=.*cannot be built"),
+    *(
+        (name, {field: 8}, rf"{ll.get(name).Config.__name__}\({field}=8.*This method has no {field}")
+        for name in ("ia3", "ia3_ff")
+        for field in ("r", "alpha")
+    ),
+    *(("oft", {"block_size": size}, "(?s)block_size=.*at least 2") for size in (1, 0, -4)),
+    ("oft", {"r": 8}, "This method has no r"),
+    ("olora", {"svd": "exact"}, r"OLoRAConfig has no field 'svd'"),
+    ("pissa", {"tol": 0}, r"tol=0.0\) cannot be built. tol is above 0"),
+    ("pissa", {"svd": "exact", "tol": 0.01}, r'tol=0.01\) cannot be built.*read by svd="fast"'),
+    ("pissa", {"svd": "random"}, r"svd='random'\) cannot be built. svd: one of 'exact', 'fast', 'auto'"),
+    *(
+        ("road", {"group_size": size}, rf"group_size={size}\) cannot be built. group_size is even and at least 2")
+        for size in (7, 0, -2)
+    ),
+    ("road", {"mode": "road_3"}, r"mode='road_3'\) cannot be built. mode: one of 'road_1', 'road_2', 'road_4'"),
+    ("road", {"r": 8}, r"This method has no r: the value would be ignored"),
+    *(("vera", {"d_init": value}, r"d_init=.*nothing would train") for value in (0.0, float("nan"), float("inf"))),
+    ("vera", {"alpha": 16}, r"alpha=16.*no alpha"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "message"), REFUSED)
+def test_bad_options_are_refused_by_the_config(name, fields, message):
+    with pytest.raises(ll.LoraLiteError, match=message):
+        ll.get(name).Config(**fields)
+
+
+ROT = {"r": 8, "targets": ("o_proj",)}
+UNFIT = [
+    ("antipasto_rot", {**ROT, "block_size": 3}, {}, r"o_proj.*block_size=3 does not divide 8"),
+    ("antipasto_rot", {**ROT, "block_size": 1}, {}, "block_size is 2 or more"),
+    *(("antipasto_rot", {**ROT, "max_angle": angle}, {}, "max_angle is above 0 and below pi") for angle in (0.0, 3.2)),
+    ("antipasto_rot", {**ROT, "theta_init": -0.1}, {}, "theta_init is 0 or a finite number above it"),
+    ("antipasto_rot", {**ROT, "cap": "entry"}, {}, "cap: one of 'block', 'plane'"),
+    ("antipasto_rot", {**ROT, "rotate": "W"}, {}, "rotate: one of 'V', 'U', 'both'"),
+    *((name, {"block_size": 10}, {}, r"o_proj.*block_size=10 does not divide 24") for name in ("boft", "oft")),
+    ("hra", {"r": 5}, {}, r"o_proj.*r=5 is odd"),
+    *((name, {"r": 25}, {}, r"o_proj.*r=25 is larger than the layer allows") for name in ("olora", "pissa")),
+    ("road", {"group_size": 12, "targets": ("o_proj",)}, {}, r"(?s)o_proj.*group_size=12.*an even divisor of 32.*group_size=8"),
+    (
+        "road",
+        {"group_size": 16, "targets": ("o_proj",)},
+        {"d_out": 30},
+        r"(?s)o_proj.*group_size=16.*an even divisor of 30.*group_size=10",
+    ),
+    *(
+        ("road", {"group_size": size}, {"d_out": 31}, r"(?s)o_proj.*an even divisor of 31, and there is none.*exclude=")
+        for size in (None, 2)
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "shape", "message"), UNFIT)
+def test_options_that_do_not_fit_the_layer_are_refused(name, fields, shape, message):
+    with pytest.raises(ll.LoraLiteError, match=message):
+        adapted(ll.config(name, **fields), **shape)
+
+
+TURNS = [  # at these sizes of random parameters and these coefficients
+    *((ll.HRAConfig(r=16), size, (1.0,)) for size in (0.3, 3.0, 100.0)),
+    *(
+        (cfg, size, (1.0, 0.5, -0.7, 2.0))
+        for cfg in (ll.OFTConfig(), *(ll.BOFTConfig(block_size=b, n_factors=m) for b, m in ((8, 1), (8, 2), (4, 4))))
+        for size in (0.1, 1.0)
+    ),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("cfg", "size", "coeffs"), TURNS, ids=named)
+def test_map_of_the_input_is_a_rotation_at_any_parameters(cfg, size, coeffs, dtype, tolerance):
+    _, adapter = adapted(cfg, d_in=96, dtype=dtype, size=size)
+    for coeff in coeffs:
+        check_rotates_input(adapter, tolerance, coeff)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "stay"),
+    [(ll.OFTConfig(block_size=8), True), *((ll.BOFTConfig(n_factors=2, scale=scale), not scale) for scale in (False, True))],
+    ids=named,
+)
+def test_lengths_of_and_angles_between_neurons_stay_without_scale_only(cfg, stay):
+    model, _ = adapted(cfg, size=1.0)
+    W = model.o_proj.weight
+    changed = W + ll.delta_weight(model, "o_proj").double()
+    assert error(changed, W) > 0.1
+    assert (error(changed @ changed.T, W @ W.T) < 1e-6) is stay  # delta_weight is float32
+
+
+@pytest.mark.parametrize(
+    ("cfg", "count"),
+    [(ll.OFTConfig(block_size=8), 17), (ll.BOFTConfig(n_factors=2, scale=True), 17), (ll.AntiPaSTORotConfig(r=8), 20)],
+    ids=named,
+)
+def test_more_than_sixteen_coefficients_in_one_batch_are_refused(cfg, count):
+    for dtype in (torch.float32, torch.float64):
+        model, _ = adapted(cfg, dtype=dtype)
+        x = toy.inputs(count, 24, dtype=dtype)
+        with ll.scale(model, torch.linspace(0, 1, count)), pytest.raises(ll.LoraLiteError, match=f"{count} distinct values"):
+            model(x)
+        with ll.scale(model, torch.linspace(0, 1, 16).repeat(2)[:count]):
+            assert model(x).isfinite().all()
 
 
 shared = pytest.mark.parametrize(("name", "trained"), [("randlora", ("lam", "gam")), ("vera", ("lambda_b", "lambda_d"))])
