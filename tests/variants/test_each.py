@@ -34,14 +34,10 @@ OPTIONS = {
     ],
     "eva": [
         {"r": 2, "alpha": 8, "rho": 1.0, "max_moment_dim": 0},
-        {"r": 4, "alpha": 8, "rslora": True, "center": False, "mask": "none"},
         {"r": 4, "alpha": 8, "adjust_alpha": False, "rank_pattern": {"o_proj": 7}},
     ],
     "hra": [{"r": 2}],
-    "lora_xs": [
-        {"r": 8, "alpha": 16.0, "rslora": True, "include_bias": True},
-        {"r": 8, "basis": "corda", "damp": 0.1},
-    ],
+    "lora_xs": [{"r": 8, "alpha": 16.0, "rslora": True, "include_bias": True}],
     "oft": [{"block_size": 2}, {"block_size": 8}],
     "olora": [{"r": 4, "alpha": 9.0, "rslora": True, "buffer_dtype": torch.bfloat16}],
     "pissa": [
@@ -52,7 +48,7 @@ OPTIONS = {
     "road": [{"mode": "road_2"}, {"mode": "road_4", "group_size": 8}],
     "vera": [{"r": 8, "save_shared": False}, {"r": 64, "d_init": -0.5}],
 }
-KIN = {  # of antipasto_rot and antipasto_ablate, which have tests of their own, and of corda: the code of the same family
+KIN = {  # the code of antipasto_rot and antipasto_ablate, which have tests of their own, of corda, or of a line above
     "antipasto_arrow": [
         {"r": 8, "block": 1, "suppress_only": True, "include_bias": True},
         {"r": 8, "block": 7, "basis": "select", "block_by": "score"},
@@ -69,10 +65,12 @@ KIN = {  # of antipasto_rot and antipasto_ablate, which have tests of their own,
         {"r": 8, "k": 8, "suppress_only": True, "include_bias": True},
         {"r": 8, "k": 1, "basis": "asvd"},
     ],
+    "eva": [{"r": 4, "alpha": 8, "rslora": True, "center": False, "mask": "none"}],
     "lora_ga": [
         {"r": 4, "loss_fn": loss_fn, "direction": "ArBr", "rslora": False},
         {"r": 4, "loss_fn": loss_fn, "scale": "peft_stable"},
     ],
+    "lora_xs": [{"r": 8, "basis": "corda", "damp": 0.1}],
 }
 
 
@@ -83,7 +81,7 @@ def promises(table, *marks):
             by_call = fields.get("call_norm") or fields.get("scale") == "peft_stable"
             for check in checks(name, ll.config(name, **fields)):
                 if not (by_call and check.function.__name__ == "check_needs_data"):
-                    yield pytest.param(check, marks=marks, id=f"{check}-{number}")
+                    yield pytest.param(check, marks=marks, id=f"{check}-{number}{'-long' * bool(marks)}")
 
 
 @pytest.mark.parametrize("check", [*promises(OPTIONS), *promises(KIN, pytest.mark.long)])
