@@ -22,12 +22,13 @@ from .contract import Adapter, AdapterConfig, Claims, ParamSpec, RanklessConfig,
 from .contract import registry as _registry
 from .contract.registry import config, get, names
 from .core.attach import attach
+from .core.coefficients import disabled, scale, scaled
 from .core.detach import detach
 from .core.gains import thirds
 from .core.handle import Attached
 from .core.load import load
 from .core.merge import delta_bias, delta_weight, merge, unmerge
-from .core.runtime import disabled, param_groups, repair, scale
+from .core.runtime import param_groups, repair
 from .core.save import save
 from .core.selection import find_targets
 from .core.status import Status, status
@@ -90,6 +91,7 @@ __all__ = [
     "route",
     "save",
     "scale",
+    "scaled",
     "snapshot",
     "status",
     "testing",

@@ -32,7 +32,7 @@ def compose(
 ) -> Snapshot:
     """sum_i c_i dW_i and sum_i c_i db_i of snapshots {a: c_a, b - a: c_b, ...}, as a snapshot for `apply`.
 
-    weights  a number for each snapshot or increment, or gains by module pattern (groups.py); or a route such as
+    weights  a number for each snapshot or increment, or gains by module pattern (core/gains.py); or a route such as
              'A+0.9B+0.4C', with chain={"A": a, "B": b, "C": c} in the order of training
     space    delta   changes at coefficient 1, of any linear variants; low-rank ones side by side, B = [c_1 B_1 | c_2 B_2 ...],
                      A = [A_1; A_2; ...], exact; others as a dense matrix

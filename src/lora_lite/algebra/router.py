@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..core import finding, runtime
+from ..core import coefficients, finding
 from ..errors import LoraLiteError
 from ..sites.model import unwrapped
 
@@ -25,7 +25,7 @@ class Routing:
     scores: dict[str, dict[float, float]]
     report: Any
 
-    def scale(self) -> runtime.GroupScaling:
+    def scale(self) -> coefficients.Scaling:
         """Set the chosen gains; as a context manager it puts the old coefficients back on leaving."""
         return scaled(self.bank, self.kind, self.gains)
 
@@ -96,8 +96,9 @@ def natural(name: str) -> list[tuple[bool, int, str]]:
     return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", name)]
 
 
-def scaled(bank: nn.Module, kind: Kind, gains: Mapping[str, float]) -> runtime.GroupScaling:
-    return runtime.scaled(unwrapped(bank), finding.present(bank, None), lambda found: gains[group(found, kind)])
+def scaled(bank: nn.Module, kind: Kind, gains: Mapping[str, float]) -> coefficients.Scaling:
+    found = finding.present(bank, None)
+    return coefficients.Scaling(unwrapped(bank), coefficients.by_gain(found, lambda f: gains[group(f, kind)]))
 
 
 def frontier(routed: Mapping[str, float], sequential: Mapping[str, float], *, centred: bool = True) -> float:

@@ -17,6 +17,7 @@ from ..contract.adapter import Adapter
 from ..contract.attachment import Lineage
 from ..contract.config import AdapterConfig
 from ..core import finding
+from ..core.atomic import atomic
 from ..core.fingerprint import changes_of_base, fingerprint
 from ..core.handle import Attached
 from ..core.install import build_all, configs_of, install, place_of, refuse_name, refuse_unready
@@ -100,6 +101,7 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().clone() for key, tensor in tensors.items()}
 
 
+@atomic
 def apply(model: nn.Module, composed: Snapshot, *, name: str, strict_base: bool = True) -> Attached:
     """Attach a snapshot, taken or composed, as an adapter called `name`: nothing is drawn or computed.
 

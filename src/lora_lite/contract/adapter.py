@@ -12,6 +12,7 @@ from ..sites.offloaded import with_tensors
 from . import rows
 from .attachment import NOWHERE, Group, Original
 from .config import AdapterConfig
+from .here import HERE, Setting, setting
 from .method import Method
 from .shared import Shared, leading
 from .spec import ParamSpec, drawn
@@ -24,12 +25,10 @@ class Adapter(Method):
     """
 
     set_coeff: float | Tensor  # the coefficient as it was set
-    disabled_by: int  # how many `disabled` blocks are open
-    asleep: bool  # whether any is; torch.compile would take the number for one that varies
     input_place: tuple[int, str]  # where the layer's forward takes its activation
     behind_router: bool  # whether the layer stands behind a router
     batch_leads: bool  # whether the layer is known to see (batch, time, ...)
-    values: Tensor | None  # `maps.distinct` of a coefficient tensor that is not trained
+    set_values: Tensor | None  # `maps.distinct` of a coefficient tensor that is not trained
     common: float | Tensor | None  # the coefficient of all layers, where `scale` by groups multiplies it
     fired: bool
     hung_as: str  # its name as a child of the layer
@@ -47,7 +46,7 @@ class Adapter(Method):
         # State stands on the instance: torch.compile compiles again where an instance overrides a default of the class. All
         # at once: nn.Module looks for parameters at every assignment, which is a third of the time that building takes.
         vars(self).update(
-            d_in=d_in, d_out=d_out, cfg=cfg, set_coeff=cfg.coeff, values=None, common=None, disabled_by=0, asleep=False,
+            d_in=d_in, d_out=d_out, cfg=cfg, set_coeff=cfg.coeff, set_values=None, common=None,
             fired=False, path="", hung_as="", group=NOWHERE, original=None, handles=[], shared={}, report={},
             input_place=(0, "input"), behind_router=False, batch_leads=False,
         )  # fmt: skip
@@ -154,22 +153,33 @@ class Adapter(Method):
 
     @property
     def coeff(self) -> float | Tensor:
-        """The coefficient: what was set or, in a call with a tensor of them, that with axes of size 1 up to those of y."""
-        lent = rows.HERE.lent
-        return self.set_coeff if lent is None or lent[0] is not self else lent[1]
+        """The coefficient of this call; in one with a tensor of them, that with axes of size 1 up to those of y."""
+        lent = HERE.lent
+        return setting(self).coeff if lent is None or lent[0] is not self else lent[1]
 
     @coeff.setter
     def coeff(self, coeff: float | Tensor) -> None:
-        object.__setattr__(self, "set_coeff", coeff)
+        self.take(Setting(coeff))
 
-    def take(self, coeff: float | Tensor, common: float | Tensor | None = None) -> None:
+    @property
+    def values(self) -> Tensor | None:
+        """The distinct numbers of the coefficient tensor of this call, where it is one that is not trained."""
+        return setting(self).values
+
+    def take(self, new: Setting, common: float | Tensor | None = None) -> None:
         """Hold coefficients; one that is a parameter of the caller's does not become one of the adapter's."""
-        object.__setattr__(self, "set_coeff", coeff)
-        object.__setattr__(self, "common", common)
+        vars(self).update(set_coeff=new.coeff, set_values=new.values, common=common)
 
     def idle(self) -> bool:
         """No work to do: disabled, the coefficient is exactly 0, or the weight already holds the change."""
-        return self.original is not None or self.asleep or (not isinstance(self.set_coeff, Tensor) and self.set_coeff == 0.0)
+        coeff = setting(self).coeff
+        return self.original is not None or (not isinstance(coeff, Tensor) and coeff == 0.0)
+
+    def _replicate_for_data_parallel(self) -> "Adapter":
+        """A replica runs in a thread of its own, with the coefficient of the thread that made it."""
+        replica = super()._replicate_for_data_parallel()
+        replica.take(setting(self), self.common)
+        return replica
 
     def input_hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         own = self if kwargs is not None and layer._modules.get(self.hung_as) is self else self.standing_on(layer, kwargs)
@@ -185,9 +195,7 @@ class Adapter(Method):
         x = args[at] if given else kwargs[name]
         if not isinstance(x, Tensor):
             raise no_tensor(layer, "is given", x)
-        changed = (
-            self.call_by_row((x,)) if x.is_nested or isinstance(self.set_coeff, Tensor) else self.call_input(x).to(x.dtype)
-        )
+        changed = self.call_by_row((x,)) if x.is_nested or isinstance(self.coeff, Tensor) else self.call_input(x).to(x.dtype)
         return ((*args[:at], changed, *args[at + 1 :]), kwargs) if given else (args, {**kwargs, name: changed})
 
     def output_hook(
@@ -205,7 +213,7 @@ class Adapter(Method):
         x = args[at] if len(args) > at else kwargs[by_keyword(layer, name, kwargs)]
         if not isinstance(y, Tensor):
             raise no_tensor(layer, "returns", y)
-        if y.is_nested or isinstance(self.set_coeff, Tensor):
+        if y.is_nested or isinstance(self.coeff, Tensor):
             return self.call_by_row((x, y), Base(layer))
         return self(x, y, Base(layer)).to(y.dtype)
 
@@ -221,17 +229,17 @@ class Adapter(Method):
         """
         ragged = rows.Ragged(tensors[-1]) if tensors[-1].is_nested else None
         tensors = tuple(ragged.flat(one) for one in tensors) if ragged else tensors
-        z, coeffs, lent, zero = tensors[-1], self.set_coeff, rows.HERE.lent, None
+        z, coeffs, lent, zero = tensors[-1], setting(self).coeff, HERE.lent, None
         if isinstance(coeffs, Tensor):
             coeff = ragged.spread(self, coeffs) if ragged else rows.aligned(self, coeffs, tensors[0], z)
             zero = None if coeff.requires_grad else coeff == 0
             if zero is not None and z.dtype is torch.float16:  # the gradients of numbers that overflowed are not numbers
                 tensors = tuple(torch.where(zero, 0.0, one) for one in tensors)
-            rows.HERE.lent = (self, coeff)
+            HERE.lent = (self, coeff)
         try:
             new = (self(*tensors, *base) if base else self.call_input(*tensors)).to(z.dtype)
         finally:
-            rows.HERE.lent = lent
+            HERE.lent = lent
         new = new if zero is None else torch.where(zero, z, new)
         return ragged.whole(new) if ragged else new
 

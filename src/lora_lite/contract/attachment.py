@@ -1,5 +1,7 @@
 """What an adapter knows of its attach: the group it came with, its training, and the weights that a merge keeps aside."""
 
+import copy
+import itertools
 import re
 import uuid
 import zlib
@@ -51,6 +53,7 @@ class Group:
     lineage  the training                                    paths    of the layers
     handles  hooks on the model: quantised layers stay trainable, and the model says that it ran
     skipped  {path: reason} of what selection left out       ran      whether the model's own forward ran since
+    key      by which a thread's blocks know it: one number for all layers, so that compiled code serves them all
     """
 
     name: str
@@ -61,6 +64,13 @@ class Group:
     paths: set[str] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)
     ran: bool = False
+    key: int = field(default_factory=itertools.count(1).__next__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
+        """Of a copied model: with a key of its own, which no open block knows."""
+        memo[id(self)] = new = copy.copy(self)
+        vars(new).update({**copy.deepcopy(vars(self), memo), "key": Group("", self.cfg).key})
+        return new
 
     @property
     def child(self) -> str:

@@ -5,14 +5,14 @@ the call, for the thread that runs it, and every layer compares.
 """
 
 import sys
-import threading
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLiteError
+from .here import HERE, Call, setting
 
 MAIN = (
     "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds",
@@ -23,25 +23,6 @@ MAIN = (
 ONE_BY_ONE = (
     "for c, sample in zip(coeff.tolist(), samples):  # one coefficient per call\n        ll.scale(model, c); model(sample)"
 )
-
-
-class Call(NamedTuple):
-    """A running call of the model that `entry` stands on: whether its samples are sequences, and the call around it."""
-
-    entry: object
-    sequence: bool
-    outer: Any
-
-
-class Here(threading.local):
-    """What belongs to the calls of one thread: the model that is running, and the adapter that was lent a coefficient."""
-
-    def __init__(self) -> None:  # in every thread; torch.compile tells an attribute of the class from one that was set
-        self.call: Call | None = None
-        self.lent: tuple[object, Tensor] | None = None
-
-
-HERE = Here()
 
 
 def main_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -75,9 +56,7 @@ class Entry:
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = main_input(model, args, kwargs)
-        holding = next(
-            (a for a in self.adapters if isinstance(a.set_coeff, Tensor) and not a.idle()), None
-        )  # `scale` sets all alike
+        holding = next((a for a in self.adapters if isinstance(setting(a).coeff, Tensor) and not a.idle()), None)
         if x is not None and holding is not None and not torch.compiler.is_compiling():
             refuse_call(holding, model, int(x.size(0)))
         sequence = x is not None and x.ndim == (3 if x.is_floating_point() else 2)
@@ -94,9 +73,9 @@ def entries(modules: Iterable[nn.Module]) -> list[Entry]:
     return [owner for owner in owners if isinstance(owner, Entry)]
 
 
-def watch(model: nn.Module, adapters: list[Any]) -> None:
-    """Note the calls of this model from the first time that one of the adapters holds a coefficient tensor."""
-    if any(isinstance(adapter.set_coeff, Tensor) for adapter in adapters):
+def watch(model: nn.Module, adapters: list[Any], coeff: Any) -> None:
+    """Note the calls of this model from the first time that one of the adapters gets a coefficient tensor."""
+    if isinstance(coeff, Tensor):
         entry = next(iter(entries([model])), None) or Entry(model)
         known = {id(adapter) for adapter in entry.adapters}
         entry.adapters += [adapter for adapter in adapters if id(adapter) not in known]
@@ -120,14 +99,14 @@ def generating() -> bool:
     return False
 
 
-def setting(adapter: Any, text: str) -> str:
+def as_code(adapter: Any, text: str) -> str:
     name = adapter.group.name
     return f"ll.scale(model, {text})" if name in ("", "default") else f"ll.scale(model, {text}, name={name!r})"
 
 
 def refuse_call(adapter: Any, model: nn.Module, batch: int) -> None:
     """Raise LoraLiteError where this call has another number of samples, or `generate` would outgrow one value per token."""
-    coeff = adapter.set_coeff
+    coeff: Any = setting(adapter).coeff
     axes, size = varied(coeff), len(coeff) if coeff.ndim else 1
     times = batch // size if size and batch % size == 0 else 0
     spread = f".repeat_interleave({times}, 0)" if 0 in axes and times > 1 else ""
@@ -135,21 +114,21 @@ def refuse_call(adapter: Any, model: nn.Module, batch: int) -> None:
         raise LoraLiteError(
             f"The coefficient tensor has shape {tuple(coeff.shape)}, one value per token, and generate adds tokens.",
             expected="One value per sample.",
-            fix=setting(adapter, f"coeff[:, -1]{spread}") + "  # each sample goes on with that of its last token",
+            fix=as_code(adapter, f"coeff[:, -1]{spread}") + "  # each sample goes on with that of its last token",
         )
     if 0 not in axes or size == batch:
         return
     found, fix = "", f"model(x[:{size}])  # as many samples as coefficients"
     if times > 1:
         found = "generate repeats each sample for its beams and returned sequences, side by side." if generating() else ""
-        fix = setting(adapter, f"coeff{spread}")
+        fix = as_code(adapter, f"coeff{spread}")
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             fix = (
                 "encoded = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)\n"
                 f"    {fix}\n    model.generate(encoder_outputs=encoded, attention_mask=attention_mask)  # and your arguments"
             )
     elif batch < size:
-        fix = setting(adapter, f"coeff[:{batch}]") + "  # those of the samples in this call"
+        fix = as_code(adapter, f"coeff[:{batch}]") + "  # those of the samples in this call"
     raise LoraLiteError(
         f"The coefficient tensor has shape {tuple(coeff.shape)}, and this call {batch} samples.",
         expected="One value per sample.",

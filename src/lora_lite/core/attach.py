@@ -22,7 +22,9 @@ from ..sites.layer import Layer, dense_weight
 from ..sites.model import block_index, block_lists, unwrapped
 from ..sites.obstacles import expert_parameters
 from ..sites.quantised import refuse_without_gradient
-from . import finding, runtime
+from . import finding
+from .atomic import atomic
+from .coefficients import disabled
 from .coverage import coverage
 from .handle import Attached
 from .install import build_all, install, planned, refuse_aliased, refuse_name, refuse_non_finite, refuse_unready
@@ -30,6 +32,7 @@ from .repairs import reasons
 from .selection import select
 
 
+@atomic
 def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *, name: str = "default") -> Attached:
     """Hang the variant that `cfg` belongs to under every layer it selects; freeze the base; train nothing yet.
 
@@ -57,7 +60,7 @@ def attach(model: nn.Module, cfg: AdapterConfig, calibration_data: Any = None, *
     plan = planned(cls, selection.chosen, cfg)
     targets = {path: selection.chosen[path] for path in plan.configs}
     adapters = build_all(cls, targets, plan.configs)
-    with runtime.disabled(model):
+    with disabled(model):
         stats: Stats = {"weight": Weights(targets)}
         if wanted:
             stats = collect(model, targets, wanted, calibration_data, loss_fn, partly=True)

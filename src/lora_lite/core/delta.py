@@ -38,7 +38,7 @@ def at_rest(module: Any) -> Any:
 
 def run(adapters: list[Adapter], base: DenseBase, x: Tensor) -> Tensor:
     """The layer with these adapters, hooks aside: x (n, d_in) -> (n, d_out). Those at coefficient 0 do nothing."""
-    active = [at_rest(a) for a in adapters if not a.asleep and (isinstance(a.coeff, Tensor) or a.coeff != 0.0)]
+    active = [at_rest(a) for a in adapters if isinstance(a.coeff, Tensor) or a.coeff != 0.0]
     with torch.autocast(x.device.type, enabled=False):
         for adapter in active:
             if adapter.changes_input():

@@ -2,14 +2,17 @@
 
 import warnings
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..contract import rows
 from ..errors import LoraLiteWarning, some
 from ..sites.model import plain, unwrapped
 from . import finding
+from .atomic import changing
 from .merge import put_back
-from .untouched import put_back_buffers
+from .quiet import quiet
+from .untouched import moved_buffers
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -23,18 +26,30 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     finding.refuse_other_root(leaving)
     layers = {found.path for found in leaving if found.adapter.original is not None}
     warn_unmerged([found for found in finding.adapters(model) if found.path in layers], leaving)
+    last = len(leaving) == len(finding.adapters(model)) > 0
+    moved = moved_buffers(model, leaving[0].adapter.group.base) if last else []
+    with quiet(model):
+        changing(model, [buffer for buffer, _ in moved], lambda: take_off(model, leaving, layers, moved if last else None))
+
+
+def take_off(
+    model: nn.Module, leaving: list[finding.Found], layers: set[str], moved: list[tuple[Tensor, Tensor]] | None
+) -> None:
+    """moved: buffers and what they held, where the base comes back whole; None while adapters stay."""
     put_back([found for found in finding.adapters(model) if found.path in layers])
-    base = leaving[0].adapter.group.base if leaving else None
     for found in leaving:
         found.adapter.remove(found.layer)
         for handle in found.adapter.group.handles:
             handle.remove()
     rows.tidy(model.modules())
-    if base is not None and not finding.adapters(model):
+    if moved is not None:
+        flags = leaving[0].adapter.group.base.flags
         for key, parameter in model.named_parameters():
-            if plain(key) in base.flags:
-                parameter.requires_grad_(base.flags[plain(key)])
-        put_back_buffers(model, base)
+            if plain(key) in flags:
+                parameter.requires_grad_(flags[plain(key)])
+        with torch.no_grad():
+            for buffer, before in moved:
+                buffer.copy_(before)
 
 
 def warn_unmerged(merged: list[finding.Found], leaving: list[finding.Found]) -> None:

@@ -10,7 +10,8 @@ from torch import nn
 from ..contract.adapter import Adapter
 from ..contract.config import AdapterConfig
 from ..errors import LoraLiteError, some
-from . import finding, runtime
+from . import coefficients, finding
+from .atomic import changing
 from .checkpoint import contents
 from .coverage import Coverage, coverage
 from .detach import detach
@@ -80,11 +81,13 @@ class Attached:
                 found=f"It has {some(f'{n}: {one.variant} on {len(one.layers)} layers' for n, one in file.adapters.items())}.",
                 fix="ll.load(model, path)",
             )
-        restore(path, self.layers, held.tensors, redrawn(path, self.layers, self.config.seed, held.drawn))
+        known = redrawn(path, self.layers, self.config.seed, held.drawn)
+        own = [tensor for adapter in self.layers.values() for tensor in adapter.tensors().values()]
+        changing(self.model, own, lambda: restore(path, self.layers, held.tensors, known))
 
-    def scale(self, coeff: float | torch.Tensor | Mapping[str, float]) -> runtime.Scaling | runtime.GroupScaling:
+    def scale(self, coeff: float | torch.Tensor | Mapping[str, float]) -> coefficients.Scaling:
         self.refuse_detached()
-        return runtime.scale(self.model, coeff, name=self.name)
+        return coefficients.scale(self.model, coeff, name=self.name)
 
     def detach(self) -> None:
         self.refuse_detached()
@@ -161,8 +164,9 @@ class AttachedSet(Mapping[str, Attached]):
         for handle in self.handles.values():
             handle.restore(path)
 
-    def scale(self, coeff: float | torch.Tensor | Mapping[str, float]) -> runtime.GroupScaling:
-        return runtime.GroupScaling([handle.scale(coeff) for handle in self.handles.values()])
+    def scale(self, coeff: float | torch.Tensor | Mapping[str, float]) -> coefficients.Scaling:
+        model = next(iter(self.handles.values())).model
+        return coefficients.Scaling(model, [new for name in self.handles for new in coefficients.settings(model, coeff, name)])
 
     def detach(self) -> None:
         for handle in self.handles.values():

@@ -17,6 +17,7 @@ from ..sites.layer import Layer, is_conv1d, sizes
 from ..sites.model import refuse_wrapped, unwrapped
 from ..sites.quantised import is_packed, keep_trainable
 from . import finding
+from .quiet import quiet
 from .untouched import photographed, refuse_moving_statistics
 
 
@@ -170,26 +171,18 @@ def install(
     lineage: Lineage | None = None,
     skipped: dict[str, str] | None = None,
 ) -> Group:
-    """Hang the filled adapters and freeze the base; undone whole when it is interrupted. lineage None: a new one."""
+    """Hang the filled adapters and freeze the base, at a moment when no other thread runs it. lineage None: a new one."""
     model = unwrapped(model)
     earlier = finding.adapters(model)
     base = {} if earlier else dict(model.named_parameters())
     untouched = earlier[0].adapter.group.base if earlier else photographed(model)
     group = Group(name, cfg, untouched, lineage or Lineage(), skipped=skipped or {})
     trainable = [p for p in base.values() if p.requires_grad]
-    try:
+    with quiet(model):
         for path, adapter in adapters.items():
             adapter.install(targets[path], path, group)
         group.handles += keep_trainable(model)  # after the adapters: they may give the input its gradient
         group.handles.append(model.register_forward_hook(group.note))
         for parameter in trainable:
             parameter.requires_grad_(False)
-    except BaseException:
-        for path, adapter in adapters.items():
-            adapter.remove(targets[path])
-        for handle in group.handles:
-            handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        raise
     return group

@@ -1,7 +1,6 @@
 """load: attach what a file holds; no SVD, no data, no randomness."""
 
 import json
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +11,22 @@ from ..contract import registry
 from ..contract.adapter import Adapter
 from ..contract.attachment import Lineage
 from ..contract.config import AdapterConfig
+from ..contract.matching import Budget, search
+from ..contract.pattern import REGULAR
 from ..errors import LoraLiteError, LoraLiteWarning, closest, some
-from ..sites.layer import Layer, sizes
+from ..sites.layer import Layer
 from ..sites.model import linears, unwrapped
+from .atomic import atomic
 from .checkpoint import Contents, Stored, contents
-from .detach import detach
 from .fingerprint import refuse_other_base
 from .handle import Attached, AttachedSet
 from .install import build_all, configs_of, install, refuse_name, refuse_unready
-from .restore import layers_of, redrawn, restore
+from .quiet import quiet
+from .restore import declared, layers_of, redrawn, refuse_misfit, restore
 from .untouched import combined, samples
 
 
+@atomic
 def load(
     model: nn.Module,
     path: str | Path,
@@ -66,23 +69,20 @@ def load(
             refuse_other_base(path, targets, {moved[place]: file.base[place] for place in moved}, file.version)
         tensors = {renamed_key(key, moved): tensor for key, tensor in stored.tensors.items()}
         configs = {moved[old]: config_at(cls, cfg, stored, old, targets[moved[old]]) for old in stored.layers}
+        refuse_misfit(path, cls, targets, configs, tensors, stored.drawn)
         adapters = build_all(cls, targets, configs)
         restore(path, adapters, tensors, redrawn(path, adapters, cfg.seed, stored.drawn))
         prepared.append((called, cfg, targets, adapters, Lineage(**stored.lineage)))
     if strict_base and not paths:  # of renamed modules the hash has other names
         warn_other_rest(model, path, file)
     handles: dict[str, Attached] = {}
-    try:
+    with quiet(unwrapped(model)):
         for called, cfg, targets, adapters, lineage in prepared:
             skipped = {place: "not in the file" for place in linears(unwrapped(model)) if place not in adapters}
-            install(model, targets, adapters, called, cfg, lineage, skipped)
-            handles[called] = Attached(model, called, cfg, adapters, skipped)
             for adapter in adapters.values():
                 adapter.requires_grad_(trainable)
-    except BaseException:
-        for called in handles:
-            detach(model, called)
-        raise
+            install(model, targets, adapters, called, cfg, lineage, skipped)
+            handles[called] = Attached(model, called, cfg, adapters, skipped)
     return next(iter(handles.values())) if len(handles) == 1 else AttachedSet(handles)
 
 
@@ -126,28 +126,38 @@ def config_at(cls: type[Adapter], cfg: AdapterConfig, stored: Stored, place: str
     possible = cfg.possible_at(place)
     own = {key.rpartition(".")[2]: tensor for key, tensor in stored.tensors.items() if key.rpartition(".")[0] == place}
     shapes = {key: tuple(tensor.shape) for key, tensor in cls.upgraded(own).items()}
-    fitting = [config for config in possible if declared(cls, config, layer) == shapes] or possible[:1]
+    fitting = [config for config in possible if shapes_of(cls, config, place, layer) == shapes] or possible[:1]
     if len({config.s for config in fitting}) > 1:  # layers so narrow that several ranks have the same tensors
         fitting = [config for config in fitting if config.r == told_rank(cfg, place)] or fitting
     return fitting[0]
 
 
 def told_rank(cfg: AdapterConfig, place: str) -> int:
-    """The rank that an old file's patterns give a layer. Raises LoraLiteError for one whose search may take forever."""
-    for pattern in cfg.rank_pattern:
-        if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+?{]", pattern)) > 2:
+    """The rank that an old file's patterns give a layer. Raises LoraLiteError for one that is not matched in a few steps."""
+    budget, found = Budget(), {0: {cfg.r}}
+    for pattern, rank in cfg.rank_pattern.items():
+        try:
+            if search(pattern.removeprefix(REGULAR), place, budget):
+                found.setdefault(len(pattern), set()).add(rank)
+        except LoraLiteError as error:
             raise LoraLiteError(
                 f"{place}: its rank cannot be told from its tensors, and {pattern!r} of rank_pattern is not searched.",
-                expected="In files of formats 1 to 3: expressions with at most two repetitions, none of a group.",
+                expected="In files of formats 1 to 3: expressions without flags and references.",
                 fix="ll.save(model, path)  # with the version that trained it, after a rank_pattern without them",
-            )
-    return cfg.rank_at(place)
+            ) from error
+    if len(told := found[max(found)]) > 1:
+        raise LoraLiteError(
+            f"{place} fits patterns of rank_pattern that are equally long and give it ranks {some(map(str, sorted(told)))}.",
+            expected="One longest pattern for a layer.",
+            fix="ll.save(model, path)  # with the version that trained it, after a rank_pattern without them",
+        )
+    return told.pop()
 
 
-def declared(cls: type[Adapter], cfg: AdapterConfig, layer: Layer) -> dict[str, tuple[int, ...]] | None:
+def shapes_of(cls: type[Adapter], cfg: AdapterConfig, place: str, layer: Layer) -> dict[str, tuple[int, ...]] | None:
     """{name: shape} of a layer's own tensors; None for a config that it cannot have."""
     try:
-        specs = cls.param_specs(*sizes(layer), cfg)
+        specs = declared("", cls, place, layer, cfg)
     except LoraLiteError:
         return None
     return {name: tuple(spec.shape) for name, spec in specs.items() if not spec.shared}

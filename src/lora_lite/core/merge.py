@@ -18,7 +18,9 @@ from ..sites.obstacles import tied
 from ..sites.offloaded import REMOVE, is_offloaded
 from ..sites.quantised import is_packed, parts
 from . import finding
+from .atomic import atomic
 from .delta import effective, refuse_nonlinear
+from .quiet import quiet
 
 LISTED = 20  # layers that a report prints
 
@@ -126,6 +128,7 @@ def refuse_packed(found: list[finding.Found], dense: bool | torch.dtype) -> None
             )
 
 
+@atomic
 @torch.inference_mode(False)  # what it makes outlives the caller's inference mode
 def merge(
     model: nn.Module, name: str | None = None, *, dense: bool | torch.dtype = False, limit: float | None = None
@@ -166,12 +169,9 @@ def merge(
         *new[path], lost[path] = merged(path, layer, [f.adapter for f in found], dtype)  # type: ignore[assignment]
     report = MergeReport(lost, {path: weight.dtype for path, (weight, _) in new.items()})
     refuse_lossy(report, limit)
-    try:
+    with quiet(model):
         for path, found in by_layer.items():
             swap(found, *new[path])
-    except BaseException:
-        put_back(chosen)
-        raise
     return report
 
 
@@ -235,9 +235,11 @@ def swap(found: list[finding.Found], weight: Tensor, bias: Tensor | None) -> Non
         layer.bias = nn.Parameter(bias, requires_grad=False)
 
 
+@atomic
 def unmerge(model: nn.Module) -> None:
     """Put back the original weights, the very same tensors, of every merged layer."""
-    put_back(finding.adapters(unwrapped(model)))
+    with quiet(unwrapped(model)):
+        put_back(finding.adapters(unwrapped(model)))
 
 
 def put_back(found: list[finding.Found]) -> None:

@@ -58,13 +58,14 @@ def combined(found: dict[str, str], layers: Iterable[str]) -> str:
     return hashlib.sha256(repr(kept).encode()).hexdigest()[:32]
 
 
-def put_back_buffers(model: nn.Module, base: Untouched) -> None:
-    """Buffers of the base that moved while adapters were there, as they were before the first attach."""
-    with torch.no_grad():
-        for name, buffer in base_tensors(model, buffers=True).items():
-            before = base.buffers.get(name)
-            if before is not None and before.shape == buffer.shape and not torch.equal(before.to(buffer), buffer):
-                buffer.copy_(before)
+def moved_buffers(model: nn.Module, base: Untouched) -> list[tuple[Tensor, Tensor]]:
+    """[(buffer, what it held before the first attach)] of the base's buffers that moved while adapters were there."""
+    found = []
+    for name, buffer in base_tensors(model, buffers=True).items():
+        before = base.buffers.get(name)
+        if before is not None and before.shape == buffer.shape and not torch.equal(before.to(buffer), buffer):
+            found.append((buffer, before))
+    return found
 
 
 def refuse_moving_statistics(model: nn.Module) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..calibration.calls import ambient
-from ..core import finding, runtime
+from ..core import finding
+from ..core.coefficients import disabled
 from ..errors import LoraLiteError, closest, some
 from ..sites.model import is_compiled, plain, unwrapped
 from .attention import Call, recorded
@@ -156,7 +157,7 @@ class Recorder:
 def base_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: torch.autocast) -> list[Call]:
     """The attention calls of a pass with the adapters off. Dropout draws other numbers, from a stream that is put back."""
     drawing = {p.device for p in model.parameters() if p.device.type != "cpu"}  # by default all devices, with a warning
-    with runtime.disabled(model), torch.random.fork_rng(drawing), autocast, recorded(model) as calls:
+    with disabled(model), torch.random.fork_rng(drawing), autocast, recorded(model) as calls:
         model(*args, **kwargs)
     return calls
 

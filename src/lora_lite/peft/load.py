@@ -8,14 +8,18 @@ from torch import Tensor, nn
 
 from ..contract import shared
 from ..contract.adapter import Adapter
-from ..core import runtime
+from ..core import coefficients
+from ..core.atomic import atomic
 from ..core.handle import Attached
 from ..core.install import build_all, configs_of, install, refuse_name, refuse_unready
+from ..core.quiet import quiet
 from ..errors import LoraLiteError, some
 from ..mathematics.maps import is_finite
 from ..sites.layer import dense_weight
-from .folder import PREFIX, read_folder
-from .layout import Key, Layout, Options, pattern_value
+from ..sites.model import unwrapped
+from .fit import refuse_misfit
+from .folder import read_folder
+from .layout import Key, Options
 from .plan import Part, plan
 
 
@@ -35,15 +39,9 @@ class AttachedParts(Attached):
             fix=f'll.save(model, "{first}.safetensors", name="{first}")  # likewise {some(rest)}; or ll.export_peft',
         )
 
-    def scale(self, coeff: float | Tensor | Mapping[str, float]) -> runtime.GroupScaling:
-        settings: list[runtime.Scaling | runtime.GroupScaling] = []
-        try:
-            for part in self.parts:
-                settings.append(part.scale(coeff))
-        except BaseException:
-            runtime.GroupScaling(settings).__exit__()
-            raise
-        return runtime.GroupScaling(settings)
+    def scale(self, coeff: float | Tensor | Mapping[str, float]) -> coefficients.Scaling:
+        new = [one for part in self.parts for one in coefficients.settings(self.model, coeff, part.name)]
+        return coefficients.Scaling(self.model, new)
 
     def detach(self) -> None:
         for part in self.parts:
@@ -51,6 +49,7 @@ class AttachedParts(Attached):
                 part.detach()
 
 
+@atomic
 def load_peft(model: nn.Module, folder: str | Path, *, name: str = "default") -> Attached:
     """Attach what PEFT's `save_pretrained` wrote to `folder`, under `name`; outputs equal PEFT's in eval mode.
 
@@ -68,14 +67,10 @@ def load_peft(model: nn.Module, folder: str | Path, *, name: str = "default") ->
         refuse_name(earlier, part.targets, part_name)
     built = [filled(folder, part, options) for part in parts]
     handles: list[Attached] = []
-    try:
+    with quiet(unwrapped(model)):
         for part, part_name, adapters in zip(parts, names, built):
             install(model, part.targets, adapters, part_name, part.cfg)
             handles.append(Attached(model, part_name, part.cfg, adapters, {}))
-    except BaseException:
-        for done in handles:
-            done.detach()
-        raise
     if len(handles) == 1:
         return handles[0]
     layers = {path: adapter for part in handles for path, adapter in part.layers.items()}
@@ -87,23 +82,19 @@ def load_peft(model: nn.Module, folder: str | Path, *, name: str = "default") ->
 @torch.no_grad()
 def filled(folder: Path, part: Part, options: Options) -> dict[str, Adapter]:
     """The adapters with the folder's numbers. Raises LoraLiteError naming missing, unexpected and misshaped tensors."""
-    adapters = build_all(part.cls, part.targets, configs_of(part.cfg, None, part.targets))
+    configs = configs_of(part.cfg, None, part.targets)
+    refuse_misfit(folder, part, configs)
+    adapters = build_all(part.cls, part.targets, configs)
     common = {name: shape for name, (_, shape) in shared.declared(adapters).items()}
-    problems: list[str] = []
     values: dict[str, dict[str, Tensor]] = {"": {}}
     for name, key in part.layout.shared.items():
-        values[""][name] = taken(key, part.stored.get("", {}), torch.zeros(common[name]), PREFIX, problems)
+        values[""][name] = taken(key, part.stored[""], common[name])
     for path, adapter in adapters.items():
-        held = part.stored[path]
-        keys = {name: key for name, key in part.layout.tensors.items() if name in adapter.specs()}
-        problems += [f"unexpected {path}.{name}" for name in held.keys() - {key.name for key in keys.values()}]
-        values[path] = {n: taken(key, held, getattr(adapter, n), f"{path}.", problems) for n, key in keys.items()}
-    if problems:
-        raise LoraLiteError(
-            f"{folder} does not fit its own config: {some(sorted(problems))}.",
-            expected="Exactly the tensors that PEFT stores for it, in finite floating-point numbers.",
-            fix="peft_model.save_pretrained(folder)",
-        )
+        values[path] = {
+            name: taken(key, part.stored[path], tuple(getattr(adapter, name).shape))
+            for name, key in part.layout.tensors.items()
+            if name in adapter.specs()
+        }
     shared.fill(adapters, values[""])
     for path, adapter in adapters.items():
         if adapter.specs().keys() - values[path].keys() - common.keys():
@@ -111,31 +102,25 @@ def filled(folder: Path, part: Part, options: Options) -> dict[str, Adapter]:
             adapter.init(dense_weight(part.targets[path]))
         for name, value in values[path].items():
             getattr(adapter, name).copy_(value)
-        rescale(part.layout, adapter, options, path)
+        rescale(folder, part, adapter, options, path)
     return adapters
 
 
-def taken(key: Key, held: dict[str, Tensor], place: Tensor, where: str, problems: list[str]) -> Tensor:
-    """The tensor `key` in our form; what is wrong with it goes into `problems`."""
-    tensor, shape = held.get(key.name), tuple(key.write(place.detach()).shape)
-    if tensor is None:
-        problems.append(f"missing {where}{key.name}")
-    elif tuple(tensor.shape) != shape:
-        problems.append(f"{where}{key.name} has shape {tuple(tensor.shape)}, the config and the layer say {shape}")
-    elif not (tensor.is_floating_point() and is_finite(tensor)):
-        problems.append(f"{where}{key.name} is {'not finite' if tensor.is_floating_point() else tensor.dtype}")
-    else:
-        return key.read(tensor.to(torch.promote_types(tensor.dtype, torch.float32))).reshape(place.shape)
-    return place
+def taken(key: Key, held: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The tensor `key` in our form."""
+    tensor = held[key.name]
+    return key.read(tensor.to(torch.promote_types(tensor.dtype, torch.float32))).reshape(shape)
 
 
-def rescale(layout: Layout, adapter: Adapter, options: Options, path: str) -> None:
+def rescale(folder: Path, part: Part, adapter: Adapter, options: Options, path: str) -> None:
     """PEFT's scale where alpha_pattern makes it another than our config's: the rest goes into one tensor."""
+    layout = part.layout
     if "alpha" not in layout.options:
         return
-    alpha = pattern_value(options.get("alpha_pattern"), path, options[layout.options["alpha"]])
+    alpha = part.alphas.get(path, options[layout.options["alpha"]])
     root = "rslora" in layout.options and adapter.cfg.rslora
     ratio = alpha / (adapter.cfg.r**0.5 if root else adapter.cfg.r) / adapter.s
     if ratio != 1.0:
         name = next(name for name in layout.scaled.split() if hasattr(adapter, name))
-        getattr(adapter, name).mul_(ratio)
+        if not is_finite(getattr(adapter, name).mul_(ratio)):
+            raise LoraLiteError(f"{folder}: alpha={alpha:g} of {path} makes {name} overflow.", expected="A finite scale.")

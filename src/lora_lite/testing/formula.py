@@ -15,7 +15,8 @@ from ..contract.adapter import Adapter
 from ..contract.config import AdapterConfig
 from ..contract.registry import variant_of
 from ..core.attach import attach
-from ..core.runtime import param_groups, scale
+from ..core.coefficients import scale
+from ..core.runtime import param_groups
 from . import toy
 from .checks.judging import demand, error
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...contract.pattern import fits
-from ...core import finding, runtime
+from ...core import finding
+from ...core.coefficients import disabled
 from ...errors import LoraLiteError, LoraLiteWarning, some
 from ..attention import Call, causal, value_traces
 from .base import Masks, Objective, mask_of
@@ -126,7 +127,7 @@ class AttentionBarrier(Objective):
 
         refuse_one_batch(batches)
         traces = []
-        with evaluating(model), runtime.disabled(model):
+        with evaluating(model), disabled(model):
             for k, batch in enumerate(batches):
                 with capture(model, self.requires, mask=mask_of(mask, k, batch)) as seen:
                     call(model, on_device(model, batch))

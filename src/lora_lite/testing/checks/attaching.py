@@ -8,9 +8,9 @@ import torch
 
 from ...contract.adapter import Adapter
 from ...contract.config import AdapterConfig
+from ...core.coefficients import disabled, scale
 from ...core.detach import detach
 from ...core.finding import adapters
-from ...core.runtime import disabled, scale
 from .. import toy
 from .judging import Variant, demand, demand_same, error, perturbed, photograph
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...contract.adapter import Adapter
 from ...contract.config import AdapterConfig
-from ...core.runtime import disabled, scale
+from ...core.coefficients import disabled, scale
 from .. import toy
 from .judging import TOLERANCE, Variant, demand, error, perturbed, whole
 

@@ -6,8 +6,8 @@ from typing import cast
 import torch
 
 from ...contract.config import AdapterConfig
+from ...core.coefficients import scale
 from ...core.merge import delta_weight, effective, merge, unmerge
-from ...core.runtime import scale
 from ...sites.layer import Layer
 from .. import toy
 from .judging import TOLERANCE, Variant, demand, demand_same, error, perturbed, photograph

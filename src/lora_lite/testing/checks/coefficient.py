@@ -3,7 +3,7 @@
 import torch
 
 from ...contract.config import AdapterConfig
-from ...core.runtime import disabled, scale
+from ...core.coefficients import disabled, scale
 from .. import toy
 from .judging import TOLERANCE, Variant, demand, error, perturbed
 

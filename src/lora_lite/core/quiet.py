@@ -1,0 +1,108 @@
+"""A moment in which no forward of a model runs: what exchanges adapters or weights does it there.
+
+Every forward therefore sees the state before or the state after, whole. Forwards pay nothing for it: a hook for all modules
+stands only while somebody waits. Calls that begin meanwhile wait at it; those that had begun go on to their end.
+"""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ..errors import LoraLiteError
+
+PATIENCE = 60.0
+"""Seconds that running forwards are waited for."""
+CALLS = ("_wrapped_call_impl", "_call_impl")
+MODULE = nn.modules.module.__file__
+
+turn = threading.RLock()
+"""One change at a time; a thread that has its turn may begin another inside."""
+
+
+class Gate:
+    """Stops calls of modules of one family in other threads; those inside a call that had begun pass."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.owner = model, threading.get_ident()
+        self.family = {id(module) for module in model.modules()}
+        self.opened = threading.Event()
+
+    def related(self, module: Any) -> bool:
+        """Whether a module is a part of the model, or has it as a part."""
+        return id(module) in self.family or (isinstance(module, nn.Module) and any(m is self.model for m in module.modules()))
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.opened.is_set() or torch.compiler.is_compiling() or threading.get_ident() == self.owner:
+            return
+        if self.related(module) and not self.running(sys._getframe(1), module):
+            self.opened.wait()
+
+    def running(self, frame: FrameType | None, called: Any = None) -> bool:
+        """Whether a call of the family stands on this stack, other than the innermost of `called`."""
+        while frame is not None:
+            if frame.f_code.co_name in CALLS and frame.f_code.co_filename == MODULE:
+                module = frame.f_locals.get("self")
+                if module is not called and self.related(module):
+                    return True
+            frame = frame.f_back
+        return False
+
+    def waiting(self, frame: FrameType | None) -> bool:
+        while frame is not None:
+            if frame.f_code is Gate.__call__.__code__ and frame.f_locals.get("self") is self:
+                return True
+            frame = frame.f_back
+        return False
+
+    def busy(self) -> bool:
+        """Whether another thread is inside a call of the family."""
+        stacks = {ident: frame for ident, frame in sys._current_frames().items() if ident != self.owner}
+        return any(self.running(frame) and not self.waiting(frame) for frame in stacks.values())
+
+
+@contextlib.contextmanager
+def quiet(model: nn.Module, *, inside: bool = False) -> Iterator[None]:
+    """Inside, no other thread runs the model; new calls of it wait for the end of the block.
+
+    inside  True: let a call of the model in this very thread be, and do not wait for others there
+    Raises LoraLiteError in the midst of a forward of this thread, and where others do not end within PATIENCE seconds.
+    """
+    gate = Gate(model)
+    if gate.running(sys._getframe(1)):
+        if inside:
+            yield
+            return
+        raise LoraLiteError(
+            f"A forward of {type(model).__name__} is running in this thread.",
+            expected="A change of adapters or weights between two forwards.",
+            fix="output = model(x)  # first, and then the change",
+        )
+    if len(sys._current_frames()) == 1:
+        yield
+        return
+    handles: list[Any] = []
+    with turn:
+        try:
+            handles.append(register_module_forward_pre_hook(gate))
+            deadline = time.monotonic() + PATIENCE
+            while gate.busy():
+                if time.monotonic() > deadline:
+                    raise LoraLiteError(
+                        f"Forwards of {type(model).__name__} are running in other threads, for {PATIENCE:g} s by now.",
+                        expected="A moment between two forwards.",
+                        fix="# let them end, then call again",
+                    )
+                time.sleep(0.0005)
+            yield
+        finally:
+            gate.opened.set()
+            for handle in handles:
+                handle.remove()
