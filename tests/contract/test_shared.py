@@ -351,8 +351,8 @@ def test_another_generator_is_refused(drawn, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"lambda_b": "00"}, "lambda_b cannot be drawn again"),
-        ({"C": "00"}, "C cannot be drawn again"),
+        ({"lambda_b": "00" * 16}, "lambda_b cannot be drawn again"),
+        ({"C": "00" * 16}, "C cannot be drawn again"),
         ({}, "missing *.A, missing *.B"),
         ([], "drawn of adapter 'default' is no dict"),
         ("{", "damaged header"),

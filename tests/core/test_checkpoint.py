@@ -1,5 +1,6 @@
 """Checkpoints: atomic, strict, refused with a reason where they do not fit."""
 
+import errno
 import json
 import os
 
@@ -36,7 +37,7 @@ def test_file_says_what_it_is(saved):
         keys = [f"style/blocks.{n}.{p}.{t}" for n in (0, 1) for p in ("down_proj", "q_proj") for t in "AB"]
         assert sorted(file.keys()) == keys
         assert file.get_tensor("style/blocks.0.down_proj.A").shape == (2, 48)
-    assert set(header) == {"format", "version", "adapters", "base", "rest", "versions", "checksum"}
+    assert set(header) == {"format", "version", "adapters", "base", "rest", "versions", "checksum", "seal"}
     assert (header["format"], header["version"]) == ("lora_lite", "4")
     ((name, said),) = json.loads(header["adapters"]).items()
     assert name == "style"
@@ -249,11 +250,10 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(saved, monkeypatch):
     before = path.read_bytes()
 
     def full_disk(descriptor):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        ll.save(model, path)
+    refusal(lambda: ll.save(model, path), str(path), "the disk is full", "untouched", "df -h")
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 

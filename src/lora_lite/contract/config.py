@@ -2,17 +2,18 @@
 
 import dataclasses
 import json
-import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, Union
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
 from ..errors import LoraLiteError, closest
+from .kinds import DTYPES, accepts, bounds, normalised, readable
 from .pattern import exactly, fault, longest, spellings
+from .strict import SHOWN, parsed, shown
 
 C = TypeVar("C", bound="AdapterConfig")
 O = TypeVar("O", bound="Options")
@@ -28,12 +29,12 @@ class Options:
 
     home: ClassVar[str] = "lora_lite"
 
-    def __new__(cls: type[O], **fields: Any) -> O:
+    def __new__(cls: type[O], /, **fields: Any) -> O:
         known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
         for name in fields.keys() - known:
             raise LoraLiteError(
-                f"{cls.__name__} has no field {name!r}.",
-                found=closest(name, known),
+                f"{cls.__name__} has no field {shown(name)}.",
+                found=closest(name[:SHOWN], known),
                 fix=f"help({cls.home}.{cls.__name__})",
             )
         return object.__new__(cls)
@@ -47,17 +48,19 @@ class Options:
             if not accepts(value, hint):
                 unused = hint is types.NoneType
                 raise LoraLiteError(
-                    f"{type(self).__name__}({name}={value!r}) cannot be built.",
+                    f"{type(self).__name__}({name}={shown(value)}) cannot be built.",
                     expected=f"This method has no {name}: the value would be ignored."
                     if unused
                     else f"{name}: {readable(hint)}.",
                     fix=f"{type(self).__name__}()  # without {name}" if unused else "",
                 )
+            if broken := bounds(value, name):
+                self.refuse(name, value, broken)
 
     def refuse(self, name: str, value: object, expected: str, fix: str = "") -> typing.NoReturn:
         """Raise the error for one field; for `__post_init__` of subclasses."""
         raise LoraLiteError(
-            f"{type(self).__name__}({name}={value!r}) cannot be built.", expected=f"{name} is {expected}.", fix=fix
+            f"{type(self).__name__}({name}={shown(value)}) cannot be built.", expected=f"{name} is {expected}.", fix=fix
         )
 
     def refuse_no_patterns(self, name: str, patterns: Iterable[str]) -> None:
@@ -110,12 +113,12 @@ class AdapterConfig(Options):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 self.refuse(name, value, "a number above 0")
+        for name in ("dtype", "buffer_dtype"):
+            if (value := getattr(self, name)) not in (None, *DTYPES.values()):
+                self.refuse(name, value, f"one of {', '.join(DTYPES)}", f"{name}=torch.float32")
         for pattern, rank in self.rank_pattern.items():
             if rank < 0:
                 self.refuse(f"rank_pattern[{pattern!r}]", rank, "a rank, or 0 for no adapter")
-        for name in ("coeff", "alpha", "lr"):
-            if not math.isfinite(getattr(self, name) or 0.0):
-                self.refuse(name, getattr(self, name), "a finite number")
         for name, patterns in self.patterns().items():
             self.refuse_no_patterns(name, patterns)
         if self.targets == ():
@@ -164,8 +167,15 @@ class AdapterConfig(Options):
 
     @classmethod
     def from_json(cls: type[C], text: str) -> C:
-        hints = typing.get_type_hints(cls)
-        return cls(**{name: normalised(value, hints.get(name)) for name, value in json.loads(text).items()})
+        return cls(**cls.fields_of(text))
+
+    @classmethod
+    def fields_of(cls, text: str) -> dict[str, Any]:
+        """{field: value} of a JSON text. Raises LoraLiteError for one that holds no table."""
+        hints, found = typing.get_type_hints(cls), parsed(text, f"The text for {cls.__name__}", "cfg.to_json()")
+        if not isinstance(found, dict):
+            raise LoraLiteError(f"{shown(text)} holds no fields of {cls.__name__}.", fix="cfg.to_json()")
+        return {name: normalised(value, hints.get(name)) for name, value in found.items()}
 
     @classmethod
     def before(cls) -> dict[str, Any]:
@@ -184,7 +194,9 @@ class AdapterConfig(Options):
         cfg = cls.from_json(json.dumps(values))
         for name, value in kept.items():
             if not accepts(value, hints[name]):
-                raise LoraLiteError(f"{name}={value!r} is no {readable(hints[name])}.", expected="What ll.save wrote.")
+                raise LoraLiteError(f"{name}={shown(value)} is no {readable(hints[name])}.", expected="What ll.save wrote.")
+            if broken := bounds(value, name):
+                raise LoraLiteError(f"{name} of the file is {shown(value)}.", expected=f"{name} is {broken}.")
             if isinstance(value, dict):
                 value = {prefix + pattern: rank for pattern, rank in value.items()}
             elif value != "all-linear":
@@ -205,45 +217,3 @@ class RanklessConfig(AdapterConfig):
         super().__post_init__()
         if self.rank_pattern:
             self.refuse("rank_pattern", self.rank_pattern, "empty: this method has no rank")
-
-
-def normalised(value: Any, hint: Any) -> Any:
-    """Lists become tuples, one name becomes a tuple of it, dtype names become dtypes, integers become floats where asked."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, str) and torch.dtype in options:
-        return getattr(torch, value, value)
-    literals = [v for o in options if typing.get_origin(o) is Literal for v in typing.get_args(o)]
-    if isinstance(value, str) and value not in literals and any(typing.get_origin(o) is tuple for o in options):
-        return (value,)
-    if isinstance(value, int) and not isinstance(value, bool) and float in options and int not in options:
-        return float(value)
-    return dict(value) if isinstance(value, Mapping) else value
-
-
-def accepts(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the kind that the annotation says; unions, literals, tuples and dicts are looked into."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(accepts(value, option) for option in args)
-    if origin is Literal:
-        return any(value is option or (type(value) is type(option) and value == option) for option in args)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(accepts(item, args[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(accepts(k, args[0]) and accepts(v, args[1]) for k, v in value.items())
-    if hint in (int, float):
-        return isinstance(value, hint) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
-
-
-def readable(hint: Any) -> str:
-    """The annotation as words for an error."""
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(readable(option) for option in typing.get_args(hint))
-    if hint is types.NoneType:
-        return "None"
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)

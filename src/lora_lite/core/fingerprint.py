@@ -13,10 +13,12 @@ from ..sites.layer import Layer, sizes
 from ..sites.quantised import is_packed, parts
 from ..sites.sharded import whole
 from .checkpoint import VERSION, memory
+from .reading import DTYPES
 
 WHOLE_BELOW = 2**18  # numbers of a weight that are hashed entirely
 RUNS, RUN = 2**9, 4  # of a larger one, in files of version 3: evenly spaced runs of neighbours
 SAMPLES = 2**11  # of a larger one since
+DENSE = {str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}  # whose numbers are compared as numbers
 
 
 def fingerprint(layer: Layer, version: int = VERSION) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def changes_of_base(targets: dict[str, Layer], saved: dict[str, Any], version: i
     for layer_path, layer in targets.items():
         here, there = fingerprint(layer, version), saved[layer_path]
         formats = [one.get("dtype") for one in (here, there)]
-        dense = version >= 4 and all(isinstance(getattr(torch, str(name), None), torch.dtype) for name in formats)
+        dense = version >= 4 and all(name in DENSE for name in formats)
         for field in ("shape", *(() if dense else ("dtype",)), "sha256", "bias"):
             if here.get(field) != there.get(field):
                 told = f"{field} {here.get(field)}, saved {there.get(field)}"

@@ -1,5 +1,6 @@
 """A file's or a snapshot's tensors into built adapters: by name, strictly, nothing drawn but what the file says to draw."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 
 from ..contract import shared
 from ..contract.adapter import Adapter
+from ..contract.config import AdapterConfig
+from ..contract.spec import ParamSpec
 from ..errors import LoraLiteError, some
 from ..mathematics.maps import is_finite
-from ..sites.layer import Layer, is_linear
+from ..sites.layer import Layer, is_linear, sizes
 from .fingerprint import digest
 
 
@@ -38,14 +41,71 @@ def redrawn(path: str | Path, adapters: dict[str, Adapter], seed: int, hashes: d
     return {name: values[name] for name in hashes}
 
 
-def upgraded(adapters: dict[str, Adapter], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def upgraded(cls: type[Adapter], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names that the variant gives them, where an earlier version had others."""
     of: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         path, _, leaf = key.rpartition(".")
         of.setdefault(path, {})[leaf] = tensor
-    own = {path: adapters[path].upgraded(found) if path in adapters else found for path, found in of.items()}
+    own = {path: found if path == "*" else cls.upgraded(found) for path, found in of.items()}
     return {f"{path}.{leaf}": tensor for path, found in own.items() for leaf, tensor in found.items()}
+
+
+def misfits(expected: dict[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with a file's tensors beside the shapes that its config declares, in words."""
+    problems = [f"missing {key}" for key in expected.keys() - tensors.keys()]
+    problems += [f"unexpected {key}" for key in tensors.keys() - expected.keys()]
+    for key in expected.keys() & tensors.keys():
+        tensor, shape = tensors[key], expected[key]
+        if tuple(tensor.shape) != shape:
+            problems.append(f"{key} has shape {tuple(tensor.shape)}, the config says {shape}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{key} is {str(tensor.dtype).removeprefix('torch.')}")
+        elif not is_finite(tensor):
+            problems.append(f"{key} is not finite")
+    return problems
+
+
+def refuse_misfit(
+    path: str | Path,
+    cls: type[Adapter],
+    targets: Mapping[str, Layer],
+    configs: Mapping[str, AdapterConfig],
+    tensors: dict[str, Tensor],
+    drawn: Mapping[str, str],
+) -> None:
+    """Raise LoraLiteError, before anything is allocated or drawn, where the file's tensors are not those of its config."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for place, cfg in configs.items():
+        for name, spec in declared(path, cls, place, targets[place], cfg).items():
+            key, before = (
+                (f"*.{name}", expected.get(f"*.{name}", spec.shape)) if spec.shared else (f"{place}.{name}", spec.shape)
+            )
+            if len(before) == len(spec.shape) and not (spec.shared and name in drawn):
+                expected[key] = tuple(map(max, before, spec.shape))
+    refuse(path, misfits(expected, upgraded(cls, tensors)))
+
+
+def declared(path: str | Path, cls: type[Adapter], place: str, layer: Layer, cfg: AdapterConfig) -> dict[str, ParamSpec]:
+    """The specs of one layer. Raises LoraLiteError also where options of a file lead a variant's own code astray."""
+    try:
+        return cls.param_specs(*sizes(layer), cfg)
+    except LoraLiteError as error:
+        raise LoraLiteError(f"{path}: {place} (d_in={sizes(layer)[0]}, d_out={sizes(layer)[1]}): {error}") from error
+    except (ArithmeticError, ValueError, TypeError, LookupError, MemoryError, RuntimeError) as error:
+        raise LoraLiteError(
+            f"{path}: the config of {place} is none of {cls.variant}: {type(error).__name__} {error}.",
+            fix="ll.save(model, path)  # with the version that trained it",
+        ) from error
+
+
+def refuse(path: str | Path, problems: list[str]) -> None:
+    if problems:
+        raise LoraLiteError(
+            f"{path} does not fit its own config: {some(sorted(problems))}.",
+            expected="Exactly the tensors that the variant declares, in finite floating-point numbers.",
+            fix="ll.save(model, path)  # with the version that trained it",
+        )
 
 
 def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, Tensor], known: dict[str, Tensor]) -> None:
@@ -53,29 +113,11 @@ def restore(path: str | Path, adapters: dict[str, Adapter], tensors: dict[str, T
 
     Raises LoraLiteError naming missing, unexpected and misshaped ones.
     """
-    tensors = upgraded(adapters, tensors)
+    tensors = upgraded(type(next(iter(adapters.values()))), tensors)
     places = {f"{p}.{key}": tensor for p, adapter in adapters.items() for key, tensor in adapter.own().items()}
     common = {name: shared.holders(adapters, name) for name in shared.declared(adapters)}
     places |= {f"*.{name}": found[0].tensor for name, found in common.items() if name not in known}
-    problems = [f"missing {key}" for key in places.keys() - tensors.keys()]
-    problems += [f"unexpected {key}" for key in tensors.keys() - places.keys()]
-    problems += [
-        f"{key} has shape {tuple(tensors[key].shape)}, the config says {tuple(place.shape)}"
-        for key, place in places.items()
-        if key in tensors and tensors[key].shape != place.shape
-    ]
-    problems += [
-        f"{key} is {str(tensor.dtype).removeprefix('torch.')}"
-        for key, tensor in tensors.items()
-        if key in places and not tensor.is_floating_point()
-    ]
-    problems += [f"{key} is not finite" for key in places if key in tensors and not is_finite(tensors[key])]
-    if problems:
-        raise LoraLiteError(
-            f"{path} does not fit its own config: {some(sorted(problems))}.",
-            expected="Exactly the tensors that the variant declares, in finite floating-point numbers.",
-            fix="ll.save(model, path)  # with the version that trained it",
-        )
+    refuse(path, misfits({key: tuple(place.shape) for key, place in places.items()}, tensors))
     with torch.no_grad():
         for key, place in places.items():
             place.copy_(tensors[key])
