@@ -106,11 +106,17 @@ def test_patterns_that_would_take_forever_are_never_searched(name, tmp_path):
         ll.apply(model, composed, name="again").detach()
 
 
-@pytest.mark.parametrize("pattern", [HOSTILE, "(a|b)*q", ".*.*.*q"])
+@pytest.mark.parametrize("pattern", [HOSTILE, "(|)" * 60 + "!", "((a*)*)*b"])
+def test_where_tensors_do_not_tell_the_rank_a_pattern_takes_no_longer_than_it_is(pattern, tmp_path):
+    handle = ll.load(toy.toy(), with_patterns("tie", tmp_path, rank_pattern={"0.q_": 3, "1.q_": 5, pattern: 5}))
+    assert {path: adapter.cfg.r for path, adapter in handle.layers.items()} == {"blocks.0.q_proj": 3, "blocks.1.q_proj": 5}
+
+
+@pytest.mark.parametrize("pattern", [r"(o)\1", "(?i)Q_", "("])
 def test_where_tensors_do_not_tell_the_rank_a_pattern_that_is_not_searched_is_refused(pattern, tmp_path):
     path = with_patterns("tie", tmp_path, rank_pattern={"0.q_": 3, pattern: 5})
     model = toy.toy()
-    refusal(lambda: ll.load(model, path), "blocks.1.q_proj: its rank", f"re:{pattern}", "is not searched", model=model)
+    refusal(lambda: ll.load(model, path), "blocks.1.q_proj: its rank", repr(f"re:{pattern}"), "is not searched", model=model)
 
 
 def test_an_option_that_older_files_lack_has_the_value_they_mean_and_no_other_may_lack(tmp_path):

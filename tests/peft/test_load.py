@@ -10,6 +10,7 @@ import torch
 import lora_lite as ll
 from lora_lite.core.checkpoint import serialized
 from lora_lite.peft import layout as peft_layout
+from lora_lite.peft import selecting
 from lora_lite.peft.folder import read_folder
 from lora_lite.peft.load import AttachedParts
 from lora_lite.testing import toy
@@ -108,7 +109,7 @@ def test_selection_follows_the_rule_of_peft_on_awkward_paths():
     for options in fields:
         config = peft.LoraConfig(**options)
         for path in paths:
-            assert peft_layout.targeted(options, path) == bool(check_target_module_exists(config, path)), (options, path)
+            assert selecting.targeted(options, path) == bool(check_target_module_exists(config, path)), (options, path)
 
 
 def test_loading_draws_nothing_and_keeps_a_checkpoint_of_ours(tmp_path):

@@ -14,9 +14,10 @@ from ..core.handle import Attached, AttachedSet
 from ..core.load import load as load_file
 from ..core.merge import MergeReport, merge
 from ..core.save import save
+from ..core.writing import new_folder
 from ..errors import LoraLiteError, some
 from ..peft.export import export_peft
-from ..peft.folder import new_folder, read_folder, refuse_folder
+from ..peft.folder import read_folder, refuse_folder
 from ..peft.layout import layouts
 from ..peft.load import load_peft
 from ..peft.plan import applies

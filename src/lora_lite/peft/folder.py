@@ -1,24 +1,23 @@
 """A folder as PEFT lays it out on disk: read whole or refused, written whole or not at all."""
 
-import contextlib
 import json
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
-from ..core.checkpoint import serialized, write_atomically
+from ..contract.strict import is_name, parsed, printable, refuse_boundless, shown
+from ..core.checkpoint import checksum, serialized
+from ..core.reading import content_of, tensors_of
+from ..core.writing import new_folder, write_atomically
 from ..errors import LoraLiteError, some
 from ..mathematics.maps import is_finite
+from .selecting import readable
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model."
+CHECKSUM = "lora_lite_checksum"  # in the metadata of what this library wrote; PEFT passes over it
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -26,39 +25,26 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     fix = "peft_model.save_pretrained(folder)"
     if not folder.is_dir():
         raise LoraLiteError(f"{folder} is no folder.", expected="A local folder that PEFT wrote.", fix=fix)
-    here = f"It holds {some(sorted(p.name for p in folder.iterdir())) or 'nothing'}."
+    here = f"It holds {some(sorted(map(printable, os.listdir(folder)))) or 'nothing'}."
     for file in (CONFIG, TENSORS):
         if not (folder / file).is_file():
             pickled = file == TENSORS and (folder / "adapter_model.bin").is_file()
             why = "adapter_model.bin is a pickle, which is not read." if pickled else ""
             raise LoraLiteError(f"{folder} has no {file}.", expected=why, found=here, fix=fix)
     try:
-        options = json.loads((folder / CONFIG).read_text())
-        with safetensors.safe_open(str(folder / TENSORS), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise LoraLiteError(f"{folder} cannot be read: {error}.", expected="A folder written to its end.", fix=fix) from error
+        options = parsed(content_of(folder / CONFIG), CONFIG)
+        metadata, tensors = tensors_of(content_of(folder / TENSORS))
+    except (OSError, ValueError) as error:
+        raise LoraLiteError(f"{folder} cannot be read: {error}", expected="A folder written to its end.", fix=fix) from error
     if not isinstance(options, dict) or not isinstance(options.get("peft_type"), str):
         raise LoraLiteError(f"{folder / CONFIG} has no peft_type.", expected="The config of a PEFT adapter.", fix=fix)
+    refuse_boundless(options, str(folder / CONFIG))
     for option, value in options.items():
-        if not readable(option, value):
-            raise LoraLiteError(f"{folder / CONFIG}: {option}={value!r} cannot be read.", fix=fix)
+        if not is_name(option) or not readable(option, value):
+            raise LoraLiteError(f"{folder / CONFIG}: {shown(option)[1:-1]}={shown(value)} cannot be read.", fix=fix)
+    if metadata.get(CHECKSUM, whole := checksum(tensors)) != whole:
+        raise LoraLiteError(f"{folder / TENSORS} is damaged: its tensors are not those that were written.", fix=fix)
     return options, tensors
-
-
-def readable(option: str, value: Any) -> bool:
-    """Whether an option that selects layers has the form that PEFT gives it; its regular expressions must compile."""
-    if value is None or not option.endswith(("_modules", "_pattern", "_to_transform")):
-        return True
-    if option == "layers_to_transform":
-        return isinstance(value, int) or (isinstance(value, list) and all(isinstance(k, int) for k in value))
-    if option in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(value, dict) or not all(isinstance(v, (int, float)) for v in value.values()):
-            return False
-    try:
-        return all(re.compile(part) for part in ([value] if isinstance(value, str) else value))
-    except (TypeError, re.error):
-        return False
 
 
 def refuse_folder(folder: Path) -> None:
@@ -70,24 +56,6 @@ def refuse_folder(folder: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which takes its name where the block succeeds and is removed where it fails."""
-    refuse_folder(folder)
-    temporary = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}."))
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def write_folder(folder: Path, options: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     content = {
         k: (t.detach().float() if t.dtype == torch.float64 else t.detach()).cpu().contiguous() for k, t in tensors.items()
@@ -95,5 +63,5 @@ def write_folder(folder: Path, options: dict[str, Any], tensors: dict[str, Tenso
     if bad := [key for key, tensor in content.items() if not is_finite(tensor)]:
         raise LoraLiteError(f"{some(bad)} is not finite.", expected="Finite numbers.", fix="ll.status(model)")
     with new_folder(folder) as place:
-        write_atomically(place / TENSORS, serialized(content, {"format": "pt"}))
+        write_atomically(place / TENSORS, serialized(content, {"format": "pt", CHECKSUM: checksum(content)}))
         write_atomically(place / CONFIG, (json.dumps(options, indent=2, sort_keys=True) + "\n").encode())

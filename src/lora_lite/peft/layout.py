@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraLiteError
+from .selecting import listed
 
 Options = Mapping[str, Any]
 """The content of adapter_config.json."""
@@ -88,34 +89,6 @@ def layouts() -> dict[str, Layout]:
     package = importlib.import_module(f"{__package__}.layouts")
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
     return {name: importlib.import_module(f"{package.__name__}.{name}").LAYOUT for name in names}
-
-
-# --- PEFT's own rules of matching, so that a folder means here what it means there -----------------------------------------
-
-
-def listed(names: Any, path: str) -> bool:
-    """Whether a list of names, or one regular expression, matches the whole path or its end."""
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names or ())
-
-
-def targeted(options: Options, path: str) -> bool:
-    """Whether target_modules, exclude_modules, layers_to_transform and layers_pattern of PEFT select this path."""
-    names, blocks = options.get("target_modules") or (), options.get("layers_to_transform")
-    if listed(options.get("exclude_modules"), path) or not listed(names, path):
-        return False
-    if blocks in (None, []) or (not isinstance(names, str) and path in names):
-        return True
-    patterns = options.get("layers_pattern") or ()
-    rules = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in ([patterns] if isinstance(patterns, str) else patterns)]
-    found = next((m for rule in rules or [r".*?\.[^.]*\.(\d+)\."] if (m := re.match(rule, path))), None)
-    return found is not None and int(found[1]) in (blocks if isinstance(blocks, list) else [blocks])
-
-
-def pattern_value(patterns: Any, path: str, default: Any) -> Any:
-    """Of rank_pattern or alpha_pattern: the value of the first key that matches the end of the path."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
 def exactly(paths: list[str], others: list[str]) -> list[str] | str:

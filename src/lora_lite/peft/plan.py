@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from ..contract import registry
 from ..contract.adapter import Adapter
 from ..contract.config import AdapterConfig
+from ..contract.matching import Budget
 from ..contract.pattern import exactly
+from ..contract.strict import shown
 from ..core.selection import find_targets
 from ..errors import LoraLiteError, LoraLiteWarning, closest, some
 from ..sites.layer import Layer, sizes
 from ..sites.model import linears, unwrapped
 from .folder import CONFIG, PREFIX
-from .layout import INERT, Layout, Options, Stored, layouts, pattern_value, targeted
+from .layout import INERT, Layout, Options, Stored, layouts
+from .selecting import by_path, targeted
 
 ABOUT = (
     "auto_mapping base_model_name_or_path fan_in_fan_out inference_mode layers_pattern layers_to_transform exclude_modules "
@@ -27,13 +30,16 @@ ABOUT = (
 
 @dataclass
 class Part:
-    """What one variant reads from a folder: layout, config, the layers in the model's order, their tensors by PEFT's names."""
+    """What one variant reads from a folder: layout, config, the layers in the model's order, their tensors by PEFT's names, and
+    the alphas of layers that have one of their own.
+    """
 
     layout: Layout
     cls: type[Adapter]
     cfg: AdapterConfig
     targets: dict[str, Layer]
     stored: Stored
+    alphas: dict[str, float]
 
 
 def plan(model: nn.Module, folder: Path, options: Options, tensors: dict[str, Tensor]) -> list[Part]:
@@ -49,6 +55,7 @@ def plan(model: nn.Module, folder: Path, options: Options, tensors: dict[str, Te
         )
     for layout in fitting.values():
         refuse_options(layout, options)
+    budget = Budget()
     stored = by_layer(folder, list(fitting.values()), tensors)
     present = linears(unwrapped(model))
     paths = [path for path in stored if path]
@@ -58,7 +65,8 @@ def plan(model: nn.Module, folder: Path, options: Options, tensors: dict[str, Te
             found=f"Linears here: {some(present)}.",
             fix="ll.load_peft(the_model_it_was_trained_on, folder)",
         )
-    refuse_other_targets(model, folder, options, paths)
+    refuse_other_targets(model, folder, options, paths, budget)
+    ranks, alphas = (by_path(options.get(patterns), paths, budget) for patterns in ("rank_pattern", "alpha_pattern"))
     widths = {path: sizes(present[path]) for path in present if path in stored}
     parts = []
     for variant, layout in fitting.items():
@@ -67,9 +75,9 @@ def plan(model: nn.Module, folder: Path, options: Options, tensors: dict[str, Te
             continue
         chosen = {path: stored[path] for path in mine} | ({"": stored[""]} if "" in stored else {})
         cls = registry.get(variant)
-        cfg = config(cls, layout, options, chosen, mine)
+        cfg = config(cls, layout, options, chosen, mine, ranks)
         targets = find_targets(model, cfg)
-        parts.append(Part(layout, cls, cfg, targets, layout.prepare(options, chosen, widths)))
+        parts.append(Part(layout, cls, cfg, targets, layout.prepare(options, chosen, widths), alphas))
     return parts
 
 
@@ -89,7 +97,7 @@ def refuse_options(layout: Layout, options: Options) -> None:
             continue
         starts = layout.allowed.get(option)
         raise LoraLiteError(
-            f"{option}={value!r} has no counterpart here.",
+            f"{option}={shown(value)} has no counterpart here.",
             expected=f"{option}: one of {some(map(repr, (*starts, False)))}; others rewrite the base weight."
             if starts
             else f"{option} left at its default. Without it the outputs would be others.",
@@ -122,7 +130,7 @@ def by_layer(folder: Path, fitting: list[Layout], tensors: dict[str, Tensor]) ->
     return stored
 
 
-def refuse_other_targets(model: nn.Module, folder: Path, options: Options, paths: list[str]) -> None:
+def refuse_other_targets(model: nn.Module, folder: Path, options: Options, paths: list[str], budget: Budget) -> None:
     """Raise where the layers that the config selects are not those that have tensors: a half-written or edited folder."""
     names = options.get("target_modules")
     if names is None:
@@ -131,7 +139,7 @@ def refuse_other_targets(model: nn.Module, folder: Path, options: Options, paths
         head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
         wanted = {path for path, layer in linears(unwrapped(model)).items() if layer is not head}
     else:
-        wanted = {path for path in linears(unwrapped(model)) if targeted(options, path)}
+        wanted = {path for path in linears(unwrapped(model)) if targeted(options, path, budget)}
     if wanted != set(paths):
         lacking, surplus = sorted(wanted - set(paths)), sorted(set(paths) - wanted)
         raise LoraLiteError(
@@ -142,14 +150,15 @@ def refuse_other_targets(model: nn.Module, folder: Path, options: Options, paths
         )
 
 
-def config(cls: type[Adapter], layout: Layout, options: Options, stored: Stored, paths: list[str]) -> AdapterConfig:
+def config(
+    cls: type[Adapter], layout: Layout, options: Options, stored: Stored, paths: list[str], ranks: dict[str, int]
+) -> AdapterConfig:
     """Our config of these layers, which are named one by one."""
     fields = {ours: options[theirs] for ours, theirs in layout.options.items() if options.get(theirs) is not None}
     if absent := [layout.options[ours] for ours in ("r", "alpha") if ours in layout.options and ours not in fields]:
         raise LoraLiteError(f"{CONFIG} leaves out {some(absent)}.", fix="peft_model.save_pretrained(folder)")
     fields |= layout.only | layout.deduced(options, stored)
     if layout.patterns:
-        ranks = {path: pattern_value(options.get("rank_pattern"), path, fields["r"]) for path in paths}
-        fields["rank_pattern"] = {exactly(path): r for path, r in ranks.items() if r != fields["r"]}
+        fields["rank_pattern"] = {exactly(path): ranks[path] for path in paths if ranks.get(path, fields["r"]) != fields["r"]}
     everywhere = tuple(exactly(path) for path in paths)
     return cls.Config(**fields, targets=everywhere, exclude=(), buffer_dtype=torch.float32)

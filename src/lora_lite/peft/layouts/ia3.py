@@ -1,15 +1,14 @@
 """PEFT's type IA3, layers outside feedforward_modules: the stored factor of the output is 1 + g."""
 
-import re
-
 from ..layout import Key, Layout, Options
+from ..selecting import listed
 
 
 def feedforward(options: Options, path: str) -> bool:
     """PEFT's rule; unlike target_modules the end of the path need not begin at a dot."""
     names = options.get("feedforward_modules")
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return listed(names, path)
     return any(path.endswith(name) for name in names or ())
 
 

@@ -9,9 +9,10 @@ A, B = "vera_A", "vera_B"
 
 def prepare(options: Options, stored: Stored, sizes: Sizes) -> Stored:
     """PEFT draws the pair from projection_prng_key, A first, where the option says that it is not stored."""
-    if options.get("save_projection", True):
+    rows = {len(tensors["vera_lambda_d"]) for path, tensors in stored.items() if path and "vera_lambda_d" in tensors}
+    if options.get("save_projection", True) or rows != {options.get("r")}:  # others are left to the check of shapes
         return stored
-    generator = torch.Generator().manual_seed(options.get("projection_prng_key", 0))
+    generator = torch.Generator().manual_seed(options.get("projection_prng_key") or 0)
     d_in, d_out = (max(side) for side in zip(*sizes.values()))
     pair = [kaiming_uniform(shape, generator) for shape in ((options["r"], d_in), (d_out, options["r"]))]
     return {**stored, "": dict(zip((A, B), pair))}
