@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..contract.strict import printable
 from ..core import finding
 from ..core.detach import detach
 from ..core.handle import Attached, AttachedSet
@@ -39,9 +40,12 @@ def base_model(folder: Path, dtype: str) -> Any:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        cls = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModel"])[0], transformers.AutoModel)
-        return cls.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        options: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)  # no code of the folder runs
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        cls = getattr(transformers, (getattr(config, "architectures", None) or ["AutoModel"])[0], None)
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+            cls = transformers.AutoModel
+        return cls.from_pretrained(folder, dtype=dtype, **options).eval()
     except Exception as error:  # transformers raises what it likes for a damaged folder
         reason = str(error).strip().partition("\n")[0]
         raise LoraLiteError(f"transformers cannot load {folder}: {type(error).__name__}: {reason}.") from error
@@ -82,15 +86,34 @@ def merged(arguments: argparse.Namespace) -> None:
     """The model folder with the adapter folded in, and what else lies in the base's folder, such as the tokenizer."""
     folder = Path(arguments.folder)
     refuse_folder(folder)
+    others = beside(arguments.base)
     model, handle = attached(arguments)
     report = fold(model, arguments.limit)
     with new_folder(folder) as place:
         model.save_pretrained(place)
-        for file in arguments.base.iterdir():
-            if file.is_file() and not file.name.endswith(WEIGHTS) and not (place / file.name).exists():
+        for file in others:
+            if not (place / file.name).exists():
                 shutil.copy(file, place)
     print(f"{folder}: {arguments.base} with {len(handle.layers)} layers changed")
     print(report)
+
+
+def beside(base: Path) -> list[Path]:
+    """The files of a model folder that are no weights. Raises LoraLiteError for a link that leads out of it.
+
+    In the cache of the hub a folder of a revision consists of links to the blobs of its model, which are followed.
+    """
+    inside = base.resolve()
+    if inside.parent.name == "snapshots":
+        inside = inside.parent.parent
+    files = [file for file in base.iterdir() if file.is_file() and not file.name.endswith(WEIGHTS)] if base.is_dir() else []
+    if out := [file for file in files if not file.resolve().is_relative_to(inside)]:
+        raise LoraLiteError(
+            f"{out[0]} is a link to {out[0].resolve()}, out of the model's folder.",
+            expected="Files of the folder: what a link shows would be copied into the merged one.",
+            fix=f'cp --remove-destination "$(readlink -f {out[0]})" {out[0]}  # if it is meant',
+        )
+    return files
 
 
 @torch.no_grad()
@@ -112,14 +135,19 @@ def fold(model: nn.Module, limit: float | None = None) -> MergeReport:
     return report
 
 
+def say(text: object) -> None:
+    """A line without letters that steer a terminal: what stands in a file may be somebody else's."""
+    print(printable(str(text)))
+
+
 def inspect_folder(folder: Path) -> None:
     options, tensors = read_folder(folder)
     here = [v for v, l in layouts().items() if l.peft_type == options["peft_type"].upper() and applies(l, options)]
-    print(f"{'peft_type':10} {options['peft_type']}")
-    print(f"{'here':10} {', '.join(here) or 'no counterpart'}")
+    say(f"{'peft_type':10} {options['peft_type']}")
+    say(f"{'here':10} {', '.join(here) or 'no counterpart'}")
     for option, value in sorted(options.items()):
         if option != "peft_type" and value not in (None, [], {}):
-            print(f"  {option:24} {value!r}")
-    print(f"{'tensors':10} {len(tensors)}")
+            say(f"  {option:24} {value!r}")
+    say(f"{'tensors':10} {len(tensors)}")
     for key, tensor in tensors.items():
-        print(f"  {key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
+        say(f"  {key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")

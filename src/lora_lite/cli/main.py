@@ -12,9 +12,11 @@ from importlib import resources
 from pathlib import Path
 
 from ..contract import registry
+from ..contract.strict import printable
 from ..core.checkpoint import contents
 from ..errors import LoraLiteError
 from . import folders
+from .folders import say
 
 
 def list_variants(_: argparse.Namespace) -> None:
@@ -41,17 +43,17 @@ def inspect(arguments: argparse.Namespace) -> None:
     if Path(arguments.file).is_dir():
         return folders.inspect_folder(Path(arguments.file))
     file = contents(arguments.file)
-    print(f"{'version':10} {file.version}")
-    print(f"{'written by':10} {', '.join(f'{k} {v}' for k, v in file.versions.items())}")
+    say(f"{'version':10} {file.version}")
+    say(f"{'written by':10} {', '.join(f'{k} {v}' for k, v in file.versions.items())}")
     for name, one in file.adapters.items():
-        print(f"{'name':10} {name}")
-        print(f"{'variant':10} {one.variant}")
-        print(f"{'config':10} {one.config}")
-        print(f"{'tensors':10} {len(one.tensors)} on {len(one.layers)} layers")
+        say(f"{'name':10} {name}")
+        say(f"{'variant':10} {one.variant}")
+        say(f"{'config':10} {one.config}")
+        say(f"{'tensors':10} {len(one.tensors)} on {len(one.layers)} layers")
         for key, tensor in one.tensors.items():
-            print(f"  {key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
+            say(f"  {key}  {tuple(tensor.shape)}  {str(tensor.dtype).removeprefix('torch.')}")
         for tensor in one.drawn:
-            print(f"  *.{tensor}  drawn again from seed {json.loads(one.config)['seed']}")
+            say(f"  *.{tensor}  drawn again from seed {json.loads(one.config).get('seed')}")
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -134,5 +136,5 @@ def main() -> None:
     try:
         arguments.run(arguments)
     except LoraLiteError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join(map(printable, f"error: {error}".split("\n"))), file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,5 @@
-"""The only list of methods: classes register themselves; those of `sources` and of entry points are found on first use."""
+"""The only list of methods: classes register themselves; those of `sources` are found on first use, those of
+entry points where all are asked for, or one that is not among the others."""
 
 import contextlib
 import dataclasses
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 from ..errors import LoraLiteError, LoraLiteWarning, closest
 from .adapter import Adapter
 from .config import AdapterConfig
+from .strict import SHOWN, shown
 
 ENTRY_POINTS = "lora_lite.variants"
 CONTRACT = {
@@ -127,10 +129,19 @@ def arguments(cls: type[Adapter], method: str) -> list[str]:
 
 @functools.cache
 def discover() -> None:
-    """Import the modules of `sources` and the entry points; a plugin that fails is named in a warning and left out."""
+    """Import the modules of `sources`."""
     for package in map(importlib.import_module, sources):
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+@functools.cache
+def plugins() -> None:
+    """Load the entry points, which run other packages' code: where all names are asked for, and for one that nobody else has.
+
+    A plugin that fails is named in a warning and left out.
+    """
+    discover()
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
@@ -140,7 +151,7 @@ def discover() -> None:
 
 def names() -> list[str]:
     """Names of all registered variants, sorted."""
-    discover()
+    plugins()
     return sorted(name for name, cls in _classes.items() if cls.listed)
 
 
@@ -148,7 +159,9 @@ def get(name: str) -> type[Adapter]:
     """The variant class of that name. Raises LoraLiteError with the closest name."""
     discover()
     if name not in _classes:
-        raise LoraLiteError(f"There is no variant {name!r}.", found=closest(str(name), names()), fix="ll.names()")
+        plugins()
+    if name not in _classes:
+        raise LoraLiteError(f"There is no variant {shown(name)}.", found=closest(str(name)[:SHOWN], names()), fix="ll.names()")
     return _classes[name]
 
 
@@ -159,7 +172,7 @@ def config(name: str, **fields: object) -> AdapterConfig:
 
 def config_classes() -> dict[str, type[AdapterConfig]]:
     """{class name: config class} of all registered variants."""
-    discover()
+    plugins()
     return {cls.Config.__name__: cls.Config for cls in _classes.values() if cls.listed}
 
 

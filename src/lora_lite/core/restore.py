@@ -1,5 +1,6 @@
 """A file's or a snapshot's tensors into built adapters: by name, strictly, nothing drawn but what the file says to draw."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -15,6 +16,8 @@ from ..errors import LoraLiteError, some
 from ..mathematics.maps import is_finite
 from ..sites.layer import Layer, is_linear, sizes
 from .fingerprint import digest
+
+MOST_DRAWN = 2**27  # numbers of a shared tensor that a file may leave out
 
 
 def layers_of(model: nn.Module, path: str | Path, wanted: list[str]) -> dict[str, Layer]:
@@ -76,13 +79,19 @@ def refuse_misfit(
 ) -> None:
     """Raise LoraLiteError, before anything is allocated or drawn, where the file's tensors are not those of its config."""
     expected: dict[str, tuple[int, ...]] = {}
+    common: dict[str, tuple[int, ...]] = {}
     for place, cfg in configs.items():
         for name, spec in declared(path, cls, place, targets[place], cfg).items():
-            key, before = (
-                (f"*.{name}", expected.get(f"*.{name}", spec.shape)) if spec.shared else (f"{place}.{name}", spec.shape)
-            )
-            if len(before) == len(spec.shape) and not (spec.shared and name in drawn):
-                expected[key] = tuple(map(max, before, spec.shape))
+            if spec.shared:
+                common[name] = tuple(map(max, zip(common.get(name, spec.shape), spec.shape)))
+            else:
+                expected[f"{place}.{name}"] = spec.shape
+    if alien := [name for name in drawn if math.prod(common.get(name, (2 * MOST_DRAWN,))) > MOST_DRAWN]:
+        raise LoraLiteError(
+            f"{path}: {some(alien)} cannot be drawn again.",
+            expected=f"What layers share, of at most {MOST_DRAWN} numbers: {some(common) or 'nothing'}.",
+        )
+    expected |= {f"*.{name}": shape for name, shape in common.items() if name not in drawn}
     refuse(path, misfits(expected, upgraded(cls, tensors)))
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,19 @@ from torch import Tensor, nn
 
 from ..contract import shared
 from ..contract.adapter import Adapter
+from ..contract.strict import NAME, is_name, shown
 from ..errors import LoraLiteError, LoraLiteWarning, some
 from ..mathematics.maps import is_finite
 from ..sites.model import unwrapped
 from ..sites.sharded import is_sharded, on_first_process, refuse_fsdp1, whole
 from . import finding
-from .checkpoint import FORMAT, VERSION, checksum, serialized, write_atomically
+from .checkpoint import FORMAT, VERSION, checksum, serialized
 from .fingerprint import digest, fingerprint
 from .install import place_of
+from .reading import MOST_KEY
+from .restore import MOST_DRAWN
 from .untouched import combined, warn_left_out
+from .writing import write_atomically
 
 
 def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None:
@@ -60,6 +66,7 @@ def save(model: nn.Module, path: str | Path, *, name: str | None = None) -> None
         tensors |= {f"{own}/{key}": tensor for key, tensor in stored.items()}
         adapters[own] = entry
     refuse_non_finite(path, tensors)
+    refuse_unreadable(tensors, adapters)
     layers = {f.path: f.layer for f in found}
     header = {
         "format": FORMAT,
@@ -104,6 +111,17 @@ def refuse_non_finite(path: str | Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
+def refuse_unreadable(tensors: Iterable[str], adapters: Iterable[str]) -> None:
+    """Raise for names that load refuses, whoever wrote them: they would be printed."""
+    for name, most in (*((name, NAME) for name in adapters), *((key, MOST_KEY) for key in tensors)):
+        if not is_name(name, most):
+            raise LoraLiteError(
+                f"{shown(name)} is no name that a file may hold.",
+                expected=f"At most {most} letters, all of which are printed.",
+                fix='ll.attach(model, cfg, name="style")  # and the same of the modules of the model',
+            )
+
+
 def shared_content(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors to store under `*.name`, {name: hash of the float32 draw} of those that load can draw again).
 
@@ -114,7 +132,11 @@ def shared_content(adapters: dict[str, Adapter]) -> tuple[dict[str, Tensor], dic
     seed = next(iter(adapters.values())).cfg.seed
     for name, (spec, shape) in shared.declared(adapters).items():
         used = shared.held(adapters, name)
-        if not spec.saved and shared.agrees(draw := shared.draw(name, spec, shape, seed), used):
+        if (
+            not spec.saved
+            and math.prod(shape) <= MOST_DRAWN
+            and shared.agrees(draw := shared.draw(name, spec, shape, seed), used)
+        ):
             drawn[name] = digest(draw.float())
         elif shared.agrees(used[0], used):
             stored[f"*.{name}"] = used[0]
