@@ -38,14 +38,14 @@ BEFORE, AFTER = "What was there before is untouched.", "The new content is there
 
 
 @contextlib.contextmanager
-def named_errors(path: Path, state: str = BEFORE) -> Iterator[None]:
+def named_errors(path: Path, state: str = BEFORE, done: str = "written") -> Iterator[None]:
     """OSErrors of the block become LoraLiteErrors that name the place."""
     try:
         yield
     except OSError as error:
         reason, fix = REASONS.get(error.errno or 0, (error.strerror or str(error), "ls -ld {folder}"))
         fix = fix.format(path=path, folder=path.parent)
-        raise LoraLiteError(f"{path} was not written: {reason}.", expected=state, fix=fix) from error
+        raise LoraLiteError(f"{path} was not {done}: {reason}.", expected=state, fix=fix) from error
 
 
 def target(path: str | Path) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..contract.strict import is_name, parsed, printable, refuse_boundless, shown
 from ..core.checkpoint import checksum, serialized
 from ..core.reading import content_of, tensors_of
-from ..core.writing import new_folder, write_atomically
+from ..core.writing import named_errors, new_folder, write_atomically
 from ..errors import LoraLiteError, some
 from ..mathematics.maps import is_finite
 from .selecting import readable
@@ -23,12 +23,13 @@ CHECKSUM = "lora_lite_checksum"  # in the metadata of what this library wrote; P
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(options, tensors) of a PEFT folder. Raises LoraLiteError for one that is missing, half-written or not PEFT's."""
     fix = "peft_model.save_pretrained(folder)"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise LoraLiteError(f"{folder} is no folder.", expected="A local folder that PEFT wrote.", fix=fix)
-    here = f"It holds {some(sorted(map(printable, os.listdir(folder)))) or 'nothing'}."
+    with named_errors(folder, "A folder that can be read.", "read"):
+        here = f"It holds {some(sorted(map(printable, os.listdir(folder)))) or 'nothing'}."
     for file in (CONFIG, TENSORS):
-        if not (folder / file).is_file():
-            pickled = file == TENSORS and (folder / "adapter_model.bin").is_file()
+        if not os.path.isfile(folder / file):
+            pickled = file == TENSORS and os.path.isfile(folder / "adapter_model.bin")
             why = "adapter_model.bin is a pickle, which is not read." if pickled else ""
             raise LoraLiteError(f"{folder} has no {file}.", expected=why, found=here, fix=fix)
     try:
@@ -48,12 +49,13 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def refuse_folder(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LoraLiteError(f"{folder} exists.", expected="Nothing is written over.", fix=f'shutil.rmtree("{folder}")')
-    if not folder.absolute().parent.is_dir():
-        raise LoraLiteError(
-            f"{folder}: the folder around it does not exist.", fix=f'Path("{folder.parent}").mkdir(parents=True)'
-        )
+    with named_errors(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise LoraLiteError(f"{folder} exists.", expected="Nothing is written over.", fix=f'shutil.rmtree("{folder}")')
+        if not folder.absolute().parent.is_dir():
+            raise LoraLiteError(
+                f"{folder}: the folder around it does not exist.", fix=f'Path("{folder.parent}").mkdir(parents=True)'
+            )
 
 
 def write_folder(folder: Path, options: dict[str, Any], tensors: dict[str, Tensor]) -> None:
