@@ -20,11 +20,15 @@ from ..errors import LoraLiteError
 
 PATIENCE = 60.0
 """Seconds that running forwards are waited for."""
+STILL = 50
+"""How often a look at the stacks of running threads is begun again."""
 CALLS = ("_wrapped_call_impl", "_call_impl")
 MODULE = nn.modules.module.__file__
 
-turn = threading.RLock()
-"""One change at a time; a thread that has its turn may begin another inside."""
+turn = threading.Lock()
+"""One change at a time."""
+holding: set[int] = set()
+"""Threads that have their turn: what they do inside is a part of it."""
 
 
 class Gate:
@@ -33,7 +37,7 @@ class Gate:
     def __init__(self, model: nn.Module):
         self.model, self.owner = model, threading.get_ident()
         self.family = {id(module) for module in model.modules()}
-        self.opened = threading.Event()
+        self.opened, self.held = threading.Event(), set[int]()  # threads that wait at the gate
 
     def related(self, module: Any) -> bool:
         """Whether a module is a part of the model, or has it as a part."""
@@ -43,6 +47,7 @@ class Gate:
         if self.opened.is_set() or torch.compiler.is_compiling() or threading.get_ident() == self.owner:
             return
         if self.related(module) and not self.running(sys._getframe(1), module):
+            self.held.add(threading.get_ident())
             self.opened.wait()
 
     def running(self, frame: FrameType | None, called: Any = None) -> bool:
@@ -55,17 +60,24 @@ class Gate:
             frame = frame.f_back
         return False
 
-    def waiting(self, frame: FrameType | None) -> bool:
-        while frame is not None:
-            if frame.f_code is Gate.__call__.__code__ and frame.f_locals.get("self") is self:
-                return True
-            frame = frame.f_back
-        return False
-
     def busy(self) -> bool:
-        """Whether another thread is inside a call of the family."""
-        stacks = {ident: frame for ident, frame in sys._current_frames().items() if ident != self.owner}
-        return any(self.running(frame) and not self.waiting(frame) for frame in stacks.values())
+        """Whether another thread is inside a call of the family; True as well where its stack does not hold still."""
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(0.02)  # a frame that returns while its callers are looked through has none any more
+        try:
+            for _ in range(STILL):
+                before = self.stacks()
+                if any(ident not in self.held and self.running(frame) for ident, (frame, _) in before.items()):
+                    return True
+                if self.stacks() == before:
+                    return False
+            return True
+        finally:
+            sys.setswitchinterval(interval)
+
+    def stacks(self) -> dict[int, tuple[FrameType, int]]:
+        """{thread: its innermost frame and where that stands} of the other threads."""
+        return {ident: (frame, frame.f_lasti) for ident, frame in sys._current_frames().items() if ident != self.owner}
 
 
 @contextlib.contextmanager
@@ -85,12 +97,13 @@ def quiet(model: nn.Module, *, inside: bool = False) -> Iterator[None]:
             expected="A change of adapters or weights between two forwards.",
             fix="output = model(x)  # first, and then the change",
         )
-    if len(sys._current_frames()) == 1:
+    if gate.owner in holding or len(sys._current_frames()) == 1:
         yield
         return
     handles: list[Any] = []
     with turn:
         try:
+            holding.add(gate.owner)
             handles.append(register_module_forward_pre_hook(gate))
             deadline = time.monotonic() + PATIENCE
             while gate.busy():
@@ -104,5 +117,6 @@ def quiet(model: nn.Module, *, inside: bool = False) -> Iterator[None]:
             yield
         finally:
             gate.opened.set()
+            holding.discard(gate.owner)
             for handle in handles:
                 handle.remove()
