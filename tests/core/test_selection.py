@@ -2,12 +2,14 @@
 that end when they are followed to the letter."""
 
 import re
+import types
 import warnings
 
 import pytest
 import torch
 import transformers as T
 from torch import nn
+from torch.nn.utils import prune
 
 import lora_lite as ll
 from lora_lite.contract.pattern import fits, spellings
@@ -235,6 +237,41 @@ class Counting(nn.Linear):
         return super().forward(x)
 
 
+class InSequences(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.ndim == 2 else super().forward(x).flip(-2)
+
+
+class OnRowsAlone(nn.Linear):
+    def forward(self, x):
+        n, _ = x.shape
+        return super().forward(x).view(n, -1)
+
+
+class Dropping(nn.Linear):
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+def on_the_instance(forward):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].forward = types.MethodType(forward, model[1])
+    return model
+
+
+def hooked(hook=None, before=None, **rest):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    if hook is not None:
+        model[1].register_forward_hook(hook, **rest)
+    if before is not None:
+        model[1].register_forward_pre_hook(before, **rest)
+    return model
+
+
+def beside(layer):
+    return nn.ModuleDict({"0": nn.Linear(8, 8), "1": layer})
+
+
 class QuantLinear(nn.Module):
     pass
 
@@ -255,7 +292,16 @@ class Reader(nn.Module):
     [
         (lambda: nn.Sequential(nn.Linear(8, 8), Scaled(8, 8)), "1", "forward"),
         (lambda: nn.Sequential(nn.Linear(8, 8), Pair(8, 8)), "1", "forward"),
+        (lambda: nn.Sequential(nn.Linear(8, 8), InSequences(8, 8)), "1", "forward"),
+        (lambda: on_the_instance(lambda self, x: nn.Linear.forward(self, x) * 2), "1", "forward"),
+        (lambda: hooked(lambda m, args, y: y * 2), "1", "forward: a hook"),
+        (lambda: hooked(lambda m, args, y: y.mul_(2).shape and None), "1", "forward"),
+        (lambda: hooked(lambda m, args, kwargs, y: y * 2, with_kwargs=True), "1", "forward: a hook"),
+        (lambda: hooked(before=lambda m, args: args[0] * 2), "1", "forward: a hook"),
         (lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), "1", "narrow"),
+        (lambda: beside(nn.Linear(8, 8, dtype=torch.complex64)), "1", "complex"),
+        (lambda: beside(torch.jit.script(nn.Linear(8, 8))), "1", "TorchScript"),
+        (lambda: beside(torch.jit.trace(nn.Sequential(nn.Linear(8, 8)), torch.ones(1, 8))), "1", "TorchScript"),
         (lambda: nn.Sequential(nn.Linear(8, 8), QuantLinear()), "1", "unknown kind"),
         (Reader, "q_proj", "read, not called"),
         (lambda: nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), "self_attn.out_proj", "read, not called"),
@@ -263,6 +309,7 @@ class Reader(nn.Module):
         (wavlm, "encoder.layers.0.attention.q_proj", "read, not called"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Casting complex values", "ignore:.torch.jit:DeprecationWarning")
 def test_it_is_skipped_under_all_linear_and_refused_by_name(model, path, reason):
     handle = quietly(model(), ll.config("lora", r=2))
     assert handle.skipped[path].startswith(reason)
@@ -278,6 +325,106 @@ def test_a_forward_of_its_own_that_is_w_x_plus_b_is_adapted_and_looking_leaves_n
     assert set(handle.layers) == {"0", "1"}
     assert model[1].calls == 0
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [OnRowsAlone, Dropping])
+def test_a_forward_that_takes_one_form_or_draws_in_train_mode_is_measured_in_eval_mode(kind, training):
+    model = nn.Sequential(nn.Linear(8, 8), kind(8, 8)).train(training)
+    assert set(ll.find_targets(model, ll.config("lora", r=2))) == {"0", "1"}
+    assert model[1].training is training
+
+
+class Noting:
+    def __init__(self):
+        self.calls, self.sums, self.n = {"y": []}, torch.zeros(8), 0
+
+    def __call__(self, module, args, y):
+        self.calls["y"].append(y)
+        self.calls[len(self.calls)] = y
+        self.sums += y.detach().sum((0, 1)) if y.ndim == 3 else y.detach().sum(0)
+        self.n += 1
+        module.called = True
+
+
+def test_hooks_that_record_draw_or_raise_are_left_as_they_were_and_their_layers_are_adapted():
+    def refusing(module, args, y):
+        raise AssertionError("not in this test")
+
+    seen, noting = [], Noting()
+    model = hooked(lambda m, args, y: seen.append(y))
+    model[0].register_forward_hook(noting)
+    model[0].register_forward_hook(lambda m, args, y: torch.rand(1) and None)
+    model.append(nn.Linear(8, 8))[2].register_forward_hook(refusing)
+    state = torch.random.get_rng_state()
+    assert set(ll.find_targets(model, ll.config("lora", r=2))) == {"0", "1", "2"}
+    assert torch.equal(state, torch.random.get_rng_state())
+    ll.attach(model, ll.config("lora", r=2))
+    assert (seen, noting.calls, noting.n) == ([], {"y": []}, 0)
+    assert not noting.sums.any()
+    handle = ll.attach(model, ll.config("lora", r=2), name="second")
+    assert set(handle.layers) == {"0", "1", "2"}
+    assert not any(adapter.fired for adapter in handle.layers.values())
+
+
+def test_what_moves_tensors_or_computes_the_weight_around_a_call_is_no_obstacle():
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    accelerate.hooks.add_hook_to_module(model[1], accelerate.hooks.AlignDevicesHook(torch.device("cpu")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(model[2])
+    assert set(ll.find_targets(model, ll.config("lora", r=2))) == {"0", "1", "2"}
+    model[1]._old_forward = types.MethodType(lambda self, x: nn.Linear.forward(self, x) * 2, model[1])
+    model[1].forward = model[1]._old_forward
+    assert set(ll.find_targets(model, ll.config("lora", r=2))) == {"0", "2"}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_layer_without_a_shape_is_named_and_a_root_of_torch_jit_is_refused():
+    model = beside(nn.LazyLinear(8))
+    assert list(ll.find_targets(model, ll.config("lora", r=2))) == ["0"]
+    with pytest.raises(ll.LoraLiteError, match=r"1\.weight, 1\.bias: no shape[\s\S]*model\(batch\)"):
+        ll.attach(model, ll.config("lora", r=2))
+    model["1"](torch.ones(1, 8))
+    assert set(ll.attach(model, ll.config("lora", r=2)).layers) == {"0", "1"}
+    for call in (ll.find_targets, ll.attach):
+        with pytest.raises(ll.LoraLiteError, match=r"torch\.jit"):
+            call(torch.jit.script(nn.Sequential(nn.Linear(8, 8))), ll.config("lora", r=2))
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (lambda: nn.Sequential(nn.Linear(8, 8), Scaled(8, 8)), "forward"),
+        (lambda: hooked(lambda m, args, y: y * 2), "forward: a hook"),
+        (lambda: SharingRows(), "tied"),
+        (lambda: SharingLayers(), "tied"),
+    ],
+)
+@pytest.mark.parametrize("strict_base", [True, False])
+def test_a_file_is_not_loaded_onto_a_layer_that_cannot_be_adapted(tmp_path, other, why, strict_base):
+    trained, model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), other()
+    trained.load_state_dict(model.state_dict(), strict=False)
+    ll.attach(trained, ll.config("lora", r=2, targets=("1",)))
+    ll.save(trained, tmp_path / "a")
+    with pytest.raises(ll.LoraLiteError, match=f"1: {why}"):
+        ll.load(model, tmp_path / "a", strict_base=strict_base)
+    assert not any("default" in name for name, _ in model.named_modules())
+
+
+class SharingRows(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.rows = nn.Embedding(8, 8)
+        self.rows.weight = self[1].weight
+
+
+class SharingLayers(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 8), nn.Linear(8, 8))
+        self[0].weight = self[1].weight
 
 
 def test_a_name_that_is_a_parameter_is_answered_as_such():

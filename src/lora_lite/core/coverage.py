@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..contract.adapter import Adapter
-from ..sites.layer import is_linear, sizes
+from ..sites.layer import is_linear, sizes, unfit
 from ..sites.model import plain, unwrapped
 from ..sites.obstacles import expert_parameters
 from ..sites.quantised import is_packed
@@ -39,11 +39,12 @@ def coverage(model: nn.Module, adapted: Iterable[str]) -> Coverage:
     modules = [(plain(path), module) for path, module in model.named_modules() if not isinstance(module, Adapter)]
     for path, module in sorted(modules, key=lambda item: item[0] not in chosen):  # a shared weight counts where it is adapted
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in counted:
+            if id(parameter) in counted or nn.parameter.is_lazy(parameter):
                 continue
             counted.add(id(parameter))
             linear = is_linear(module) and name == "weight"
-            n = sizes(module)[0] * sizes(module)[1] if linear and is_packed(module) else parameter.numel()  # type: ignore[arg-type]
+            packed = linear and not unfit(module) and is_packed(module)
+            n = sizes(module)[0] * sizes(module)[1] if packed else parameter.numel()  # type: ignore[arg-type]
             if path in chosen:
                 inside += n
                 continue

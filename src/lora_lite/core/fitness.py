@@ -1,13 +1,15 @@
 """What of a model can be adapted at all, and what "all-linear" leaves out though it could be: {path: reason}."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from ..errors import LoraLiteError
 from ..sites import obstacles
-from ..sites.layer import Layer, sizes
-from ..sites.model import base_model, embeddings, linears, output_embeddings
-from .repairs import TIED
+from ..sites.layer import Layer, sizes, unfit
+from ..sites.measuring import odd_forward
+from ..sites.model import base_model, embeddings, linears, output_embeddings, unwrapped
+from .repairs import TIED, reasons
 
 
 def impossible(model: nn.Module) -> dict[str, str]:
@@ -16,15 +18,17 @@ def impossible(model: nn.Module) -> dict[str, str]:
     found |= {
         path: TIED + others[0] for path, others in obstacles.tied(model).items() if not set(others) <= linears(model).keys()
     }
+    found |= {path: why for path, layer in linears(model).items() if (why := unfit(layer))}
     for path, layer in linears(model).items():
         if path in found or layer.weight.is_meta:
             continue
-        if odd := obstacles.odd_forward(layer):
+        if odd := odd_forward(layer):
             found[path] = f"forward: {odd}"
         elif min(sizes(layer)) < 2:
             found[path] = f"narrow: {sizes(layer)[0]} -> {sizes(layer)[1]}"
     for path in found.keys() & {p for p, layer in linears(model).items() if id(layer) in output_embeddings(model)}:
         found[path] = f"output embedding, {found[path]}"
+    found |= {path: "TorchScript, which runs no hooks that come later" for path in obstacles.scripted(model)}
     found |= {path: f"unknown kind: {type(m).__name__}" for path, m in obstacles.unknown_layers(model).items()}
     found |= {
         path: f"experts: a parameter of shape {tuple(parameter.shape)}, no Linear"
@@ -54,3 +58,20 @@ def read_at_times(model: nn.Module) -> dict[str, str]:
         path: f"read in a branch: {reader} calls it, or uses its weight without a call"
         for path, reader in obstacles.read(model)[1].items()
     }
+
+
+def refuse_places(model: nn.Module, path: object, paths: Iterable[str]) -> None:
+    """Raise where adapters of a file would stand on layers that cannot carry them: tied, read, of another rule."""
+    model, paths = unwrapped(model), set(paths)
+    offenders = {p: why for p, why in impossible(model).items() if p in paths and not why.startswith("narrow")}
+    offenders |= {
+        p: TIED + next(o for o in others if o not in paths)
+        for p, others in obstacles.tied(model).items()
+        if p in paths - offenders.keys() and not set(others) <= paths
+    }
+    if offenders:
+        raise LoraLiteError(
+            f"{path} has adapters on {reasons(offenders)} Such layers of this model cannot be adapted.",
+            expected="The model that it was trained on: each of its layers called as W x + b, its weight with one use.",
+            fix=f"print(type(model.get_submodule({next(iter(offenders))!r})))  # and build the model of the training",
+        )

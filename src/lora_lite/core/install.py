@@ -26,6 +26,12 @@ def refuse_unready(model: nn.Module) -> list[finding.Found]:
     adapters that are there already.
     """
     refuse_wrapped(model)
+    if lazy := [name for name, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)]:
+        raise LoraLiteError(
+            f"{some(lazy)}: no shape before its first call, and nothing to freeze.",
+            expected="A model whose parameters are there.",
+            fix="model(batch)  # once",
+        )
     found = finding.adapters(model)
     finding.refuse_other_root(found)
     finding.refuse_merged(found)

@@ -52,8 +52,10 @@ def reasons(skipped: Mapping[str, str]) -> str:
         by.setdefault(why, []).append(path)
     parts = []
     for why, paths in by.items():
-        alike = Counter(".".join("*" if name.isdecimal() else name for name in path.split(".")) for path in paths)
-        parts.append(f"{some(f'{place} x{n}' if n > 1 else place for place, n in alike.items())}: {why}")
+        alike: dict[str, list[str]] = {}
+        for path in paths:
+            alike.setdefault(".".join("*" if name.isdecimal() else name for name in path.split(".")), []).append(path)
+        parts.append(f"{some(f'{place} x{len(p)}' if len(p) > 1 else p[0] for place, p in alike.items())}: {why}")
     return "; ".join(parts) + "." if parts else ""
 
 

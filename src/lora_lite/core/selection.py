@@ -16,8 +16,8 @@ from ..contract.config import AdapterConfig
 from ..contract.pattern import any_fits, fits
 from ..errors import LoraLiteError, LoraLiteWarning, closest, some
 from ..sites import obstacles
-from ..sites.layer import Layer
-from ..sites.model import block_index, block_lists, linears, unwrapped
+from ..sites.layer import Layer, unfit
+from ..sites.model import block_index, block_lists, linears, refuse_no_module, unwrapped
 from .fitness import impossible, read_at_times, unwanted
 from .repairs import TIED, inventory, nearest, options, order, patterns_for, reasons, repair
 from .roles import roles
@@ -45,20 +45,21 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> dict[str, Layer]:
 
 def select(model: nn.Module, cfg: AdapterConfig) -> Selection:
     """What `find_targets` says, with the reasons for what is left out."""
+    refuse_no_module(model)
     model = unwrapped(model)
     refuse_peft(model)
-    present, unfit = linears(model), impossible(model)
-    if not present.keys() - unfit.keys():
+    present, cannot = linears(model), impossible(model)
+    if not present.keys() - cannot.keys():
         raise LoraLiteError(
             f"{type(model).__name__} has no Linear layers that can be adapted.",
             expected="An adapter needs nn.Linear, Conv1D or a quantised Linear that is called.",
-            found=reasons(unfit) or f"Modules: {some({type(m).__name__ for m in model.modules()})}.",
+            found=reasons(cannot) or f"Modules: {some({type(m).__name__ for m in model.modules()})}.",
             fix="ll.attach(the_model_that_holds_them, cfg)",
         )
-    refuse_unmatched(model, cfg, present, unfit)
+    refuse_unmatched(model, cfg, present, cannot)
     lists = block_lists(model)
     everything = cfg.targets == "all-linear"
-    left_out = (unwanted(model, present) if everything else {}) | unfit
+    left_out = (unwanted(model, present) if everything else {}) | cannot
     named = {path: layer for path, layer in present.items() if everything or any_fits(cfg.targets, path)}
     skipped = {path: why for path, why in left_out.items() if everything}
     chosen = {path: layer for path, layer in named.items() if not (everything and path in left_out)}
@@ -72,7 +73,7 @@ def select(model: nn.Module, cfg: AdapterConfig) -> Selection:
         skipped[path] = "rank 0"
         del chosen[path]
     refuse_half_of_tied(model, cfg, chosen, skipped)
-    if offenders := {path: unfit[path] for path in chosen if path in unfit}:
+    if offenders := {path: cannot[path] for path in chosen if path in cannot}:
         refuse_impossible(cfg, offenders, named)
     if not chosen:
         raise LoraLiteError(
@@ -80,7 +81,7 @@ def select(model: nn.Module, cfg: AdapterConfig) -> Selection:
             found=reasons(skipped) or inventory(present),
             fix=repair(
                 cfg,
-                targets=patterns_for([p for p in present if p not in unfit], [*present, *unfit]),
+                targets=patterns_for([p for p in present if p not in cannot], [*present, *cannot]),
                 exclude=(),
                 layers=None,
                 roles=None,
@@ -96,9 +97,6 @@ def select(model: nn.Module, cfg: AdapterConfig) -> Selection:
             stacklevel=4,
         )
     return Selection(chosen, dict(sorted(skipped.items(), key=lambda item: order(item[0]))))
-
-
-NO_OTHERS: dict[str, Any] = {"exclude": (), "layers": None, "roles": None, "rank_pattern": {}}
 
 
 def refuse_half_of_tied(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, Layer], skipped: dict[str, str]) -> None:
@@ -163,7 +161,7 @@ def with_roles(
     """Those with the roles that are wanted; a layer whose role cannot be told stays, with a warning."""
     if cfg.roles is None:
         return chosen
-    of = roles(model, present, lists)
+    of = dict.fromkeys(present) | roles(model, {path: layer for path, layer in present.items() if not unfit(layer)}, lists)
     if unknown := [path for path in chosen if of[path] is None]:
         warnings.warn(
             f"roles={cfg.roles}: cannot tell whether {some(unknown)} read or write the residual stream; they stay. "

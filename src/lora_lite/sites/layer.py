@@ -68,9 +68,9 @@ def unfit(layer: nn.Module) -> str | None:
     """Why no adapter can stand on this Linear-like layer; None where one can."""
     weight = getattr(layer, "weight", None)
     if weight is None or nn.parameter.is_lazy(weight):
-        return "it has no shape before its first call"
+        return "lazy: no shape before its first call"
     if weight.is_complex():
-        return "its weight is complex"
+        return "complex: its weight is no matrix of real numbers"
     return None
 
 
@@ -78,8 +78,7 @@ def refuse_unfit(layer: nn.Module, path: str = "") -> None:
     """Raise LoraLiteError for a layer that is `unfit`."""
     if reason := unfit(layer):
         raise LoraLiteError(
-            f"{path or type(layer).__name__} takes no adapter: {reason}.",
-            expected="A matrix of real numbers.",
+            f"{path or type(layer).__name__} takes no adapter, {reason}.",
             fix="model(batch)  # once, before ll.attach" if "first call" in reason else "exclude=(...)  # its name",
         )
 

@@ -5,7 +5,7 @@ import gc
 import re
 import warnings
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -96,8 +96,32 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def refuse_no_module(model: Any) -> None:
+    """Raise for what is no module of Python's: None, a list, a pipeline that holds models, what torch.jit made."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise LoraLiteError(
+            f"The model is a {type(model).__name__} of torch.jit, which runs no hooks that come later.",
+            expected="The module that torch.jit was given.",
+            fix="ll.attach(model, cfg)  # before torch.jit.trace(model, x)",
+        )
+    if isinstance(model, nn.Module):
+        return
+    parts = [name for name, part in vars(model).items() if isinstance(part, nn.Module)] if hasattr(model, "__dict__") else []
+    parts.sort(key=lambda name: name not in ("unet", "transformer", "model"))
+    named = [f"pipe.{name}" for name in parts]
+    raise LoraLiteError(
+        f"A {type(model).__name__} is no model.",
+        expected="A torch.nn.Module.",
+        found=f"It holds {', '.join(named)}." if named else "",
+        fix=f"ll.attach({named[0]}, cfg)"
+        if named
+        else "ll.attach(model, cfg)  # one module; of a pipeline pipe.unet or pipe.transformer",
+    )
+
+
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise where hooks would go unseen or processes drift apart: compiled, sharded or replicated models."""
+    refuse_no_module(model)
     order = "ll.attach(model, cfg); model = torch.compile(model)  # the same order for fully_shard and DDP"
     for path, module in model.named_modules():
         compiled = is_compiled(module)

@@ -1,26 +1,19 @@
-"""Why a place of a model cannot be adapted: its weight is read and not called, tied, computed by another rule, or unknown.
+"""Why a place of a model cannot be adapted: its weight is read and not called, tied, or of an unknown kind.
 
-Structure decides: who calls a layer, who shares its weight, what its forward computes on a few vectors.
+Structure decides: who calls a layer, who shares its weight. measuring.py says what a call of it computes.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator
 from typing import cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from .layer import Layer, is_linear, oriented_weight, sizes
+from .layer import Layer, is_linear, sizes, unfit
 from .model import linears
-from .quantised import is_packed, library
 from .reading import readings
 
-KNOWN = ("torch.nn", "bitsandbytes", "torchao", "transformers.pytorch_utils", "accelerate")
-"""Packages whose Linear-like layers compute W x + b, as their tests say here; others are measured."""
 LINEAR = re.compile(r"Linear(?:\d.*|_.*|Lt)?$")
-PROBES = 3
 
 
 OTHERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.RNNBase, nn.MultiheadAttention, nn.Embedding)
@@ -42,7 +35,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             continue
         counts, inside = expert_counts(module), any("experts" in name.lower() for name in path.split("."))
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.is_floating_point() or name.endswith("bias"):
+            if nn.parameter.is_lazy(parameter) or not parameter.is_floating_point() or name.endswith("bias"):
                 continue
             if (parameter.ndim == 3 and (parameter.shape[0] in counts or inside)) or (parameter.ndim == 2 and inside):
                 found[f"{path}.{name}".lstrip(".")] = parameter
@@ -95,7 +88,7 @@ def tied(model: nn.Module) -> dict[str, list[str]]:
     """{path: paths of other modules with the same weight} of Linear-like layers."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        weight = getattr(module, "_parameters", {}).get("weight")
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append(path)
     shared = {path: paths for paths in owners.values() if len(paths) > 1 for path in paths}
@@ -124,47 +117,20 @@ def routers(model: nn.Module) -> dict[str, str]:
         start = holder.rpartition(".")[0]
         for name, child in modules[start].named_children():
             place = f"{start}.{name}".lstrip(".")
-            inside = [(f"{place}.{p}".rstrip("."), m) for p, m in child.named_modules() if is_linear(m)]
+            inside = [(f"{place}.{p}".rstrip("."), m) for p, m in child.named_modules() if is_linear(m) and not unfit(m)]
             if place not in holders and len(inside) == 1 and sizes(cast(Layer, inside[0][1]))[1] in counts:
                 found[inside[0][0]] = holder
     return found
 
 
-def odd_forward(layer: Layer) -> str:
-    """What a Linear-like layer's own forward does instead of W x + b, measured on a few vectors; "" where it is that."""
-    forward = type(layer).forward
-    if forward is nn.Linear.forward or type(layer).__module__.startswith(KNOWN) or is_packed(layer) or layer.weight.is_meta:
-        return ""
-    if library(layer.weight) not in ("torch",) or hasattr(layer.weight, "full_tensor"):
-        return ""
-    d_in = sizes(layer)[0]
-    weight = oriented_weight(layer).detach()
-    with kept(layer), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        x = torch.randn(PROBES, d_in, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
-        try:
-            y = layer.forward(x)
-        except Exception as error:  # whatever a stranger's layer raises
-            return f"its forward raises {type(error).__name__} on vectors of {d_in}"
-        if not isinstance(y, Tensor):
-            return f"its forward returns {type(y).__name__}"
-        want = F.linear(x, weight, layer.bias)
-        if y.shape != want.shape:
-            return f"its forward returns shape {tuple(y.shape)} for {tuple(x.shape)}"
-        allowed = 64 * torch.finfo(weight.dtype).eps * want.abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
-        return "" if (y - want).abs().max() <= allowed else "its forward is not W x + b"
-
-
-@contextlib.contextmanager
-def kept(module: nn.Module) -> Iterator[None]:
-    """Inside, a forward may write into buffers; they come back."""
-    before = {name: tensor.clone() for name, tensor in module.named_buffers()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, tensor in module.named_buffers():
-                if name in before and not torch.equal(tensor, before[name]):
-                    tensor.copy_(before[name])
+def scripted(model: nn.Module) -> list[str]:
+    """Paths of the outermost modules that torch.jit made: no hook of theirs is Python's to call."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(not top or path.startswith(f"{top}.") for top in found)
+        if isinstance(module, torch.jit.ScriptModule) and not inside and any(True for _ in module.parameters()):
+            found.append(path)
+    return found
 
 
 def foreign_adapters(model: nn.Module) -> str:
