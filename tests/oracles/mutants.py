@@ -77,7 +77,7 @@ OF_FILES: dict[str, dict[str, Any]] = {
     "dora": {"r": 2, "alpha": 4.0, "targets": ("q_proj",)},
     "antipasto_rot": {"r": 8, "targets": ("o_proj",), "roles": None},
 }
-OLD = ("version3", "ranks", "drawn", "tie", "scales", "width", "older_options")
+OLD = ("version3", "ranks", "drawn", "tie", "scales", "width", "older_options", "outputs")
 OF_FOLDERS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "alpha": 8.0, "targets": ("q_proj", "down_proj"), "rank_pattern": {"down_proj": 2}},
     "dora": {"r": 2, "alpha": 4.0, "targets": ("q_proj",)},
@@ -108,6 +108,15 @@ def samples(place: Path) -> list[Sample]:
                 toy.perturb(ll.attach(model, ll.config("hra", r=2, targets=("down_proj",)), name="second"))
             ll.save(model, place / variant)
             made.append(Sample(f"file {variant}", {"": (place / variant).read_bytes()}))
+        for space in ("delta", "output"):
+            model = toy.toy()
+            for seed, variant in enumerate(("lora", "ia3")):
+                toy.perturb(ll.attach(model, ll.config(variant, targets=("q_proj",)), name=variant), seed=seed)
+            taken = {ll.snapshot(model, variant): weight for variant, weight in (("lora", 0.5), ("ia3", 2.0))}
+            ll.detach(model)
+            ll.apply(model, ll.compose(taken, space=space), name="composed")
+            ll.save(model, place / space)
+            made.append(Sample(f"file {space}", {"": (place / space).read_bytes()}))
         for name in OLD:
             content = (FILES / f"{name}.safetensors").read_bytes()
             made.append(Sample(f"old {name}", {"": content}, small_one if name.startswith("version") else toy.toy))

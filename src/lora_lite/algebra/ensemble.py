@@ -6,6 +6,7 @@ formula   y' = y + c sum_i c_i (f_i(x, y) - y),  f_i the layer with adapter i al
 import dataclasses
 import itertools
 import json
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,7 +17,12 @@ from ..contract.adapter import Adapter
 from ..contract.annotations import Any, Float, Tensor
 from ..contract.claims import Claims
 from ..contract.config import AdapterConfig, RanklessConfig
+from ..contract.kinds import accepts
 from ..contract.spec import ParamSpec
+from ..contract.strict import parsed
+from ..errors import LoraLiteError, some
+
+MEMBER, MOST = {"variant", "config", "weights"}, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +30,16 @@ class EnsembleConfig(RanklessConfig):
     """members  one JSON text each: variant, its config, and {layer path: weight}"""
 
     members: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for text in self.members:
+            member = parsed(text, "A member of an ensemble")
+            if not isinstance(member, dict) or member.keys() != MEMBER or not isinstance(member["config"], str):
+                self.refuse("members", text, f"JSON texts of {some(sorted(MEMBER))}")
+            weights = member["weights"]
+            if not isinstance(weights, dict) or not weights or not all(accepts(w, float | int) for w in weights.values()):
+                self.refuse("members", text, "JSON texts with weights, a number for each path")
 
     def for_layer(self, path: str) -> "EnsembleConfig":
         """With the members that the layer has, their configs and their weights for it alone."""
@@ -33,6 +49,8 @@ class EnsembleConfig(RanklessConfig):
     def possible_at(self, path: str) -> "list[EnsembleConfig]":
         there = [member for text in self.members if path in (member := json.loads(text))["weights"]]
         options = [[at_layer(member, path, cfg) for cfg in of(member).possible_at(path)] for member in there]
+        if (count := math.prod(map(len, options))) > MOST:
+            raise LoraLiteError(f"The ranks of {path} may be {count} others.", expected=f"At most {MOST} in an older file.")
         return [dataclasses.replace(self.without_patterns(), members=chosen) for chosen in itertools.product(*options)]
 
 

@@ -12,8 +12,9 @@ import torch
 
 from ..errors import LoraLiteError, closest
 from .kinds import DTYPES, accepts, bounds, normalised, readable
-from .pattern import exactly, fault, longest, spellings
-from .strict import SHOWN, parsed, shown
+from .meant import meant
+from .pattern import exactly, fault, longest, several, spellings
+from .strict import SHOWN, parsed, refuse_boundless, shown
 
 C = TypeVar("C", bound="AdapterConfig")
 O = TypeVar("O", bound="Options")
@@ -52,10 +53,15 @@ class Options:
                     expected=f"This method has no {name}: the value would be ignored."
                     if unused
                     else f"{name}: {readable(hint)}.",
-                    fix=f"{type(self).__name__}()  # without {name}" if unused else "",
+                    fix=f"{type(self).__name__}()  # without {name}" if unused else meant(name, value, hint, self.usual(name)),
                 )
             if broken := bounds(value, name):
-                self.refuse(name, value, broken)
+                self.refuse(name, value, broken, f"{name}={self.usual(name)!r}")
+
+    def usual(self, name: str) -> Any:
+        """The default of a field."""
+        own = next(f for f in dataclasses.fields(self) if f.name == name)  # type: ignore[arg-type]
+        return own.default if own.default_factory is dataclasses.MISSING else own.default_factory()
 
     def refuse(self, name: str, value: object, expected: str, fix: str = "") -> typing.NoReturn:
         """Raise the error for one field; for `__post_init__` of subclasses."""
@@ -68,7 +74,7 @@ class Options:
         for pattern in patterns:
             if wrong := fault(pattern):
                 known = "whole names of a path, ranges and *, or re: with an expression"
-                self.refuse(name, pattern, f"{known}; {wrong}", spellings(pattern))
+                self.refuse(name, pattern, f"{known}; {wrong}", several(name, patterns) or spellings(pattern))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +118,18 @@ class AdapterConfig(Options):
         for name in ("r", "alpha", "lr"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                self.refuse(name, value, "a number above 0")
+                self.refuse(name, value, "a number above 0", f"{name}={self.usual(name)!r}")
         for name in ("dtype", "buffer_dtype"):
             if (value := getattr(self, name)) not in (None, *DTYPES.values()):
                 self.refuse(name, value, f"one of {', '.join(DTYPES)}", f"{name}=torch.float32")
         for pattern, rank in self.rank_pattern.items():
             if rank < 0:
-                self.refuse(f"rank_pattern[{pattern!r}]", rank, "a rank, or 0 for no adapter")
+                fix = f"rank_pattern={self.rank_pattern | {pattern: 0}}"
+                self.refuse(f"rank_pattern[{pattern!r}]", rank, "a rank, or 0 for no adapter", fix)
         for name, patterns in self.patterns().items():
-            self.refuse_no_patterns(name, patterns)
+            self.refuse_no_patterns(name, self.rank_pattern if name == "rank_pattern" else patterns)
         if self.targets == ():
-            self.refuse("targets", (), 'at least one pattern, or "all-linear"')
+            self.refuse("targets", (), 'at least one pattern, or "all-linear"', "targets='all-linear'")
 
     @property
     def s(self) -> float:
@@ -167,15 +174,17 @@ class AdapterConfig(Options):
 
     @classmethod
     def from_json(cls: type[C], text: str) -> C:
-        return cls(**cls.fields_of(text))
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: normalised(value, hints.get(name)) for name, value in cls.fields_of(text).items()})
 
     @classmethod
     def fields_of(cls, text: str) -> dict[str, Any]:
         """{field: value} of a JSON text. Raises LoraLiteError for one that holds no table."""
-        hints, found = typing.get_type_hints(cls), parsed(text, f"The text for {cls.__name__}", "cfg.to_json()")
+        found = parsed(text, f"The text for {cls.__name__}", "cfg.to_json()")
         if not isinstance(found, dict):
             raise LoraLiteError(f"{shown(text)} holds no fields of {cls.__name__}.", fix="cfg.to_json()")
-        return {name: normalised(value, hints.get(name)) for name, value in found.items()}
+        refuse_boundless(found, f"The text for {cls.__name__}")
+        return found
 
     @classmethod
     def before(cls) -> dict[str, Any]:
@@ -188,7 +197,7 @@ class AdapterConfig(Options):
 
         prefix  put before each pattern, for files whose patterns are of another grammar
         """
-        values = cls.before() | json.loads(text)
+        values = cls.before() | cls.fields_of(text)
         hints, patterns = typing.get_type_hints(cls), [name for name in PATTERNS if name in values]
         kept = {name: normalised(values.pop(name), hints[name]) for name in patterns}
         cfg = cls.from_json(json.dumps(values))

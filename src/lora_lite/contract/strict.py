@@ -19,6 +19,8 @@ def parsed(text: str | bytes | bytearray, what: str, fix: str = "") -> Any:
         return json.loads(text, object_pairs_hook=table, parse_int=integer, parse_float=number, parse_constant=constant)
     except RecursionError as error:
         raise LoraLiteError(f"{what} is nested too deeply.", expected="JSON as json.dumps writes it.", fix=fix) from error
+    except MemoryError as error:
+        raise LoraLiteError(f"{what} does not fit into memory.", fix=fix) from error
     except (ValueError, TypeError) as error:
         raise LoraLiteError(f"{what} is no JSON: {printable(str(error))}.", fix=fix) from error
 

@@ -37,7 +37,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         metadata, tensors = tensors_of(content_of(folder / TENSORS))
     except (OSError, ValueError) as error:
         raise LoraLiteError(f"{folder} cannot be read: {error}", expected="A folder written to its end.", fix=fix) from error
-    if not isinstance(options, dict) or not isinstance(options.get("peft_type"), str):
+    if not isinstance(options, dict) or not is_name(options.get("peft_type")):
         raise LoraLiteError(f"{folder / CONFIG} has no peft_type.", expected="The config of a PEFT adapter.", fix=fix)
     refuse_boundless(options, str(folder / CONFIG))
     for option, value in options.items():

@@ -8,6 +8,7 @@ from ..contract.matching import Budget, fullmatch, why_unlawful
 from ..contract.strict import is_count
 
 LARGEST = 3e38  # of a number that float32 holds
+MOST_PATTERNS = 512  # of a table; names of layers are any number
 PLAIN = re.compile(r"[\w.-]*")
 
 
@@ -68,10 +69,15 @@ def is_pattern(value: Any) -> bool:
 
 
 def table_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """A table of layers by pattern."""
-    return lambda value: (
-        isinstance(value, dict) and all(kind(one) and (PLAIN.fullmatch(key) or is_pattern(key)) for key, one in value.items())
-    )
+    """A table of layers by name or by pattern."""
+
+    def fits(value: Any) -> bool:
+        if not isinstance(value, dict) or not all(map(kind, value.values())):
+            return False
+        patterns = [key for key in value if not PLAIN.fullmatch(key)]
+        return len(patterns) <= MOST_PATTERNS and all(map(is_pattern, patterns))
+
+    return fits
 
 
 def blocks(value: Any) -> bool:
