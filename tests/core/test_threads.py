@@ -262,7 +262,7 @@ def test_a_recomputation_runs_with_the_coefficients_of_its_forward(reentrant, el
         del outputs, loss
     assert (gradients[0] - gradients[1]).abs().max() <= 1e-6 * gradients[0].abs().max()
     assert not here.noted
-    assert not here.blocks[0]
+    assert not here.blocks
 
 
 def test_blocks_of_a_compiled_model_hold_for_their_thread():

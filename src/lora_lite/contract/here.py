@@ -51,8 +51,8 @@ HERE = Here()
 
 noted: dict[int, dict[int, Setting]] = {}
 """{id of a checkpoint: {id of an adapter: what it ran with}} while a backward may still recompute it."""
-blocks = [0]
-"""How many `with ll.scale(...)` are open, in all threads."""
+blocks: set[int] = set()
+"""Of the open `with ll.scale(...)`, in all threads."""
 
 
 def setting(adapter: Any) -> Setting:
@@ -65,7 +65,7 @@ def setting(adapter: Any) -> Setting:
         found = found.get(adapter.path)
     if found is None:
         found = Setting(adapter.set_coeff, adapter.set_values)
-    if (over is not None or noted or blocks[0]) and not torch.compiler.is_compiling():
+    if (over is not None or noted or blocks) and not torch.compiler.is_compiling():
         return as_before(adapter, found)
     return found
 

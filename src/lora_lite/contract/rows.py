@@ -45,10 +45,16 @@ class Entry:
 
     def __init__(self, model: nn.Module):
         self.adapters: list[Any] = []
-        self.handles = [
-            model.register_forward_pre_hook(self.enter, with_kwargs=True),
-            model.register_forward_hook(self.leave, always_call=True),
-        ]
+        self.handles: list[Any] = []
+        try:
+            self.handles.append(model.register_forward_pre_hook(self.enter, with_kwargs=True))
+            self.handles.append(model.register_forward_hook(self.leave, always_call=True))
+        except BaseException:  # one without the other would count calls that never end
+            self.remove()
+            for table in (model._forward_pre_hooks, model._forward_hooks):
+                for key in [key for key, hook in table.items() if getattr(hook, "__self__", None) is self]:
+                    del table[key]
+            raise
 
     def remove(self) -> None:
         for handle in self.handles:

@@ -23,10 +23,11 @@ New = list[tuple[Adapter, Setting, float | Tensor | None]]
 """[(adapter, its coefficient, the coefficient of all layers where gains multiply it)]."""
 
 
-class Scaling:
+class Scaling(contextlib.ExitStack):
     """Coefficients set on adapters for all threads; leaving it as a context manager puts the old ones back."""
 
     def __init__(self, model: nn.Module, new: New):
+        super().__init__()
         self.model, self.new = model, new
         self.before: New = [(a, Setting(a.set_coeff, a.set_values), a.common) for a, *_ in new]
         self.put(new)
@@ -46,12 +47,18 @@ class Scaling:
             raise
 
     def __enter__(self) -> "Scaling":
-        self.put(self.new)
-        here.blocks[0] += 1
+        for _ in range(2):  # an interruption of the first leaves the second
+            self.callback(self.leave)
+        try:
+            self.put(self.new)
+            here.blocks.add(id(self))
+        except BaseException:
+            self.close()
+            raise
         return self
 
-    def __exit__(self, *error: object) -> None:
-        here.blocks[0] -= 1
+    def leave(self) -> None:
+        here.blocks.discard(id(self))
         self.put(self.before)
 
 
@@ -145,10 +152,14 @@ def block(over: dict[int, Any]) -> Iterator[None]:
     before = HERE.over
     outer = before or {}
     try:
-        HERE.over = {**outer, **{key: one for key, one in over.items() if outer.get(key) is not OFF}}
-        yield
-    finally:
+        try:
+            HERE.over = {**outer, **{key: one for key, one in over.items() if outer.get(key) is not OFF}}
+            yield
+        finally:
+            HERE.over = before
+    except BaseException:  # also an interruption of the line above
         HERE.over = before
+        raise
 
 
 def mark(model: nn.Module) -> None:

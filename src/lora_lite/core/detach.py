@@ -28,26 +28,25 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     warn_unmerged([found for found in finding.adapters(model) if found.path in layers], leaving)
     last = len(leaving) == len(finding.adapters(model)) > 0
     moved = moved_buffers(model, leaving[0].adapter.group.base) if last else []
-    with quiet(model):
-        changing(model, [buffer for buffer, _ in moved], lambda: take_off(model, leaving, layers, moved if last else None))
+    changing(model, [buffer for buffer, _ in moved], lambda: take_off(model, leaving, layers, moved if last else None))
 
 
 def take_off(
     model: nn.Module, leaving: list[finding.Found], layers: set[str], moved: list[tuple[Tensor, Tensor]] | None
 ) -> None:
     """moved: buffers and what they held, where the base comes back whole; None while adapters stay."""
-    put_back([found for found in finding.adapters(model) if found.path in layers])
-    for found in leaving:
-        found.adapter.remove(found.layer)
-        for handle in found.adapter.group.handles:
-            handle.remove()
-    rows.tidy(model.modules())
-    if moved is not None:
-        flags = leaving[0].adapter.group.base.flags
-        for key, parameter in model.named_parameters():
-            if plain(key) in flags:
-                parameter.requires_grad_(flags[plain(key)])
-        with torch.no_grad():
+    with quiet(model), torch.no_grad():
+        put_back([found for found in finding.adapters(model) if found.path in layers])
+        for found in leaving:
+            found.adapter.remove(found.layer)
+            for handle in found.adapter.group.handles:
+                handle.remove()
+        rows.tidy(model.modules())
+        if moved is not None:
+            flags = leaving[0].adapter.group.base.flags
+            for key, parameter in model.named_parameters():
+                if plain(key) in flags:
+                    parameter.requires_grad_(flags[plain(key)])
             for buffer, before in moved:
                 buffer.copy_(before)
 
