@@ -1,10 +1,12 @@
 """Bad input: an error that names the thing, says what was expected, gives the fix as code, and changes nothing."""
 
 import re
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import lora_lite as ll
 from lora_lite.testing import toy
@@ -41,6 +43,109 @@ def test_value_of_the_wrong_kind():
     refusal(lambda: ll.config("lora", targets="q_proj("), "q_proj(", "regular expression")
     refusal(lambda: ll.config("lora", targets=()), "targets=()")
     refusal(lambda: ll.config("lora", dtype="float33"), "dtype='float33'")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fix"),
+    [
+        ("r", 0, "r=8"),
+        ("r", "4", "r=4"),
+        ("r", 4.0, "r=4"),
+        ("r", 10**9, "r=8"),
+        ("alpha", "16", "alpha=16.0"),
+        ("lr", 0, "lr=0.0001"),
+        ("dtype", "bf16", "dtype=torch.bfloat16"),
+        ("dtype", torch.int8, "dtype=torch.float32"),
+        ("layers", 1, "layers=(1,)"),
+        ("layers", range(2), "layers=(0, 1)"),
+        ("roles", "raeder", "roles=None"),
+        ("targets", {"up_proj", "q_proj"}, "targets=('q_proj', 'up_proj')"),
+        ("targets", None, "targets='all-linear'"),
+        ("targets", (), "targets='all-linear'"),
+        ("targets", "q_proj,up_proj", "targets=('q_proj', 'up_proj')"),
+        ("targets", ("q_proj|up_proj", "o_proj"), "targets=('q_proj', 'up_proj', 'o_proj')"),
+        ("exclude", "q_proj, up_proj", "exclude=('q_proj', 'up_proj')"),
+        ("rank_pattern", {"q_proj": -1}, "rank_pattern={'q_proj': 0}"),
+        ("rank_pattern", {"q_proj,up_proj": 2}, "rank_pattern={'q_proj': 2, 'up_proj': 2}"),
+        ("init", "kaimng", "init='kaiming'"),
+    ],
+    ids=str,
+)
+def test_an_option_that_cannot_be_is_repaired_with_the_nearest_value_that_can(field, value, fix):
+    with pytest.raises(ll.LoraLiteError) as caught:
+        ll.config("lora", **{field: value})
+    assert str(caught.value).split("\n    ")[1] == fix
+    cfg = eval(f"ll.config('lora', {fix})", {"ll": ll, "torch": torch})
+    if field != "roles":
+        assert ll.attach(toy.toy(), cfg).layers
+
+
+@pytest.mark.parametrize(
+    ("gains", "words", "count"),
+    [
+        ({"q_prj": 0.5}, ("Closest name: q_proj", "ll.scale(model, {'q_proj': 0.5})"), 2),
+        ({"o_proj": 0.5, "nowhere": 2.0}, ("'nowhere' fits no adapted layer",), 4),
+        ({"blocks.0": 0.5, "blocks.?": 0.2}, ("equally long",), 4),
+        ({"q_proj,o_proj": 0.5}, ("{'q_proj': 0.5, 'o_proj': 0.5}",), 4),
+    ],
+)
+def test_gains_that_fit_nothing_or_two_things_are_repaired_whole(gains, words, count):
+    model = toy.toy()
+    handle = ll.attach(model, ll.config("lora", targets=("q_proj", "o_proj")))
+    with pytest.raises(ll.LoraLiteError) as caught:
+        ll.scale(model, gains)
+    assert all(word in str(caught.value) for word in words)
+    eval(str(caught.value).split("\n    ")[1], {"ll": ll, "model": model})
+    assert sum(adapter.coeff != 1 for adapter in handle.layers.values()) == count
+
+
+def computed(how):
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(8, 8)})}).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        how(model.get_submodule("a.b"))
+    return model
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        torch.nn.utils.parametrizations.weight_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["weight_norm", "spectral_norm", "parametrization", "prune"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_computed_weight_is_made_a_parameter_by_the_repair_of_merge(how):
+    model = computed(how)
+    ll.attach(model, ll.config("lora", r=2))
+    with pytest.raises(ll.LoraLiteError, match=r"a\.b is computed") as caught:
+        ll.merge(model)
+    exec(str(caught.value).split("\n    ")[1], {"torch": torch, "model": model})
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "default" not in name)
+    ll.merge(model)
+
+
+class Pipeline:
+    def __init__(self):
+        self.scheduler, self.vae, self.unet = object(), nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (None, ("A NoneType is no model", "pipe.unet or pipe.transformer")),
+        ([nn.Linear(8, 8)], ("A list is no model", "torch.nn.Module")),
+        (nn.Linear, ("no model",)),
+        (Pipeline(), ("It holds pipe.unet, pipe.vae", "ll.attach(pipe.unet, cfg)")),
+    ],
+    ids=["none", "list", "class", "pipeline"],
+)
+def test_what_is_no_module_is_told_so(model, words):
+    for call in (ll.attach, ll.find_targets):
+        refusal(lambda call=call: call(model, ll.config("lora")), *words)
 
 
 def test_option_that_a_method_does_not_have_is_refused_not_ignored():
@@ -86,7 +191,11 @@ def test_inference_mode_and_meta_device():
     model = toy.toy()
     with torch.inference_mode():
         refusal(lambda: ll.attach(model, ll.config("lora")), "inference mode", model=model)
-    refusal(lambda: ll.attach(toy.toy().to("meta"), ll.config("lora")), "blocks.0.q_proj has no weights", "meta device")
+    refusal(
+        lambda: ll.attach(toy.toy().to("meta"), ll.config("lora")), "blocks.0.q_proj has no weights", "meta device", "to_empty"
+    )
+    model = toy.toy().to("meta").to_empty(device="cpu")
+    assert ll.attach(model, ll.config("lora")).layers
 
 
 def test_lost_hooks_name_each_layer_of_one_adapter_once():
@@ -263,9 +372,7 @@ def test_wrapped_or_sharded_model_shows_the_right_order(tmp_path):
 def test_layer_whose_weight_is_read_and_never_called():
     model = nn.TransformerEncoderLayer(24, 2, 48)
     cfg = ll.config("lora", targets=("linear1", "out_proj"))
-    refusal(
-        lambda: ll.attach(model, cfg), "self_attn.out_proj: read, not called", "exclude=('self_attn.out_proj',)", model=model
-    )
+    refusal(lambda: ll.attach(model, cfg), "self_attn.out_proj: read, not called", "targets=('linear1',)", model=model)
     assert "read, not called" in ll.attach(model, ll.config("lora")).skipped["self_attn.out_proj"]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import lora_lite as ll
-from lora_lite.contract.pattern import fits, spellings
+from lora_lite.contract.pattern import any_fits, fits, spellings
 from lora_lite.core.roles import roles
 from lora_lite.sites.model import block_lists, linears
 from lora_lite.testing import toy
@@ -597,6 +597,26 @@ def follow(error):
     return space["cfg"]
 
 
+def hopeless(model, cfg, error):
+    """Whether an error rightly proposes nothing: none of what was asked for can be adapted."""
+    said = "Nothing that targets names can be" in error
+    assert said is ("\n" not in error)
+    return said and not any(any_fits(cfg.targets, path) for path in ll.find_targets(model, ll.config("lora", r=2)))
+
+
+class Sharing(nn.Module):
+    """One module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = self.a
+        self.c = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
 WRONG = [
     {"targets": ("qproj",)},
     {"targets": ("q_proj", "nothing")},
@@ -610,6 +630,12 @@ WRONG = [
     {"rank_pattern": {"re:.": 0}},
     {"targets": ("re:.",)},
     {"targets": ("lm_head", "classifier", "gate")},
+    {"targets": ("all-linear",)},
+    {"targets": "all_linear"},
+    {"targets": "q_proj", "exclude": "q_proj"},
+    {"targets": ("q_proj", "out_proj", "gate", "0", "1", "2"), "exclude": ("b",)},
+    {"targets": "b", "rank_pattern": {"b": 3, "?": 4}},
+    {"rank_pattern": {"layers.1": 3, "layers.?": 1, "layer.1": 3, "layer.?": 1}},
 ]
 MODELS = {
     "llama": llama,
@@ -621,6 +647,8 @@ MODELS = {
     "encoder": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 3),
     "odd": lambda: nn.Sequential(nn.Linear(8, 8), Scaled(8, 8), Pair(8, 8), nn.Linear(8, 1)),
     "router": lambda: router(lambda: nn.ModuleList(nn.Linear(16, 16) for _ in range(4))),
+    "wavlm": wavlm,
+    "sharing": Sharing,
 }
 
 
@@ -635,7 +663,64 @@ def test_a_repair_that_is_followed_to_the_letter_ends_in_an_attach(name, options
             handle = quietly(model, cfg)
             break
         except ll.LoraLiteError as error:
+            if hopeless(model, cfg, str(error)):
+                return
             cfg = follow(error)
     else:
         pytest.fail(f"the repairs go in a circle: {tried}")
     assert handle.layers
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words", "left"),
+    [
+        (llama, {"targets": "all_linear"}, ("alone and not in a tuple",), {"targets": "all-linear"}),
+        (llama, {"targets": ("q_proj", "qk", "v_prj")}, ("'qk' selects no Linear",), {"targets": ("q_proj", "v_proj")}),
+        (llama, {"targets": "q_proj", "exclude": "q_proj"}, ("select no Linear",), {"targets": ("q_proj",), "exclude": ()}),
+        (moe, {"targets": "gate"}, ("mlp.gate.weight x2: router: a parameter of shape (4, 32)", "Nothing that targets"), None),
+        (moe, {"targets": ("gate", "q_proj", "gate_up_proj")}, ("router",), {"targets": ("q_proj",)}),
+        (wavlm, {"targets": ("q_proj", "v_proj")}, ("read, not called", "Nothing that targets names can be"), None),
+        (wavlm, {"targets": ("q_proj", "intermediate_dense")}, ("read, not called",), {"targets": ("intermediate_dense",)}),
+        (Sharing, {"exclude": "b"}, ("'b' is 'a', one module of two names",), {"exclude": ("a",)}),
+        (Sharing, {"targets": ("b", "c")}, ("'b' is 'a'",), {"targets": ("a", "c")}),
+        (Sharing, {"rank_pattern": {"b": 3}}, ("'b' is 'a'",), {"rank_pattern": {"a": 3}}),
+        (llama, {"alpha": 4, "rank_pattern": {"layers.1": 3, "layers.?": 4}}, ("equally long",), {"alpha": 4.0}),
+    ],
+    ids=str,
+)
+def test_one_repair_holds_what_was_asked_for_and_can_be(model, options, words, left):
+    with pytest.raises(ll.LoraLiteError) as refused:
+        quietly(model(), ll.config("lora", r=2, **options))
+    for word in words:
+        assert word in str(refused.value)
+    assert ("\n" in str(refused.value)) is (left is not None)
+    if left is not None:
+        cfg = follow(refused.value)
+        assert {field: getattr(cfg, field) for field in left} == left
+        assert quietly(model(), cfg).layers
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "paths"),
+    [
+        ("", "model.", {"": "model"}),
+        ("model.", "", {"model": ""}),
+        ("a.", "b.inner.", {"a": "b.inner"}),
+    ],
+)
+def test_a_file_of_layers_under_another_start_is_loaded_with_the_paths_that_the_error_says(tmp_path, there, here, paths):
+    def under(start):
+        model = nn.ModuleDict({name: toy.seeded(lambda: nn.Linear(8, 8)) for name in ("q", "v")})
+        for name in reversed(start.split(".")[:-1]):
+            model = nn.ModuleDict({name: model})
+        return model
+
+    trained, model = under(there), under(here)
+    ll.save(ll.attach(trained, ll.config("lora", r=2)).model, tmp_path / "a")
+    with pytest.raises(ll.LoraLiteError, match="another model") as refused:
+        ll.load(model, tmp_path / "a")
+    assert f"paths={paths})" in str(refused.value)
+    eval(str(refused.value).split("\n    ")[1], {"ll": ll, "model": model, "path": tmp_path / "a"})
+    assert {name for name, m in model.named_modules() if name.endswith("default")}
+    with pytest.raises(ll.LoraLiteError, match="model: as it was saved from"):
+        ll.load(nn.Sequential(nn.Linear(8, 8)), tmp_path / "a")

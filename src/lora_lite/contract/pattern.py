@@ -18,6 +18,7 @@ from ..errors import LoraLiteError, some
 T = TypeVar("T")
 REGULAR = "re:"
 FOREIGN = re.compile(r"[^\w.*?-]")  # a letter that no name of a module has and the grammar does not know
+BETWEEN = re.compile(r"\s*[,|;]\s*|\s+")
 NAME = re.compile(r"[\w*?-]+")
 
 
@@ -47,6 +48,15 @@ def spellings(pattern: str) -> str:
     names = ".".join(filter(None, re.sub(r"[^\w.*?-]+", "", bare.replace(r"\.", ".").replace(".*", "*")).split(".")))
     regular = bare if not fault(REGULAR + bare) else re.escape(bare)
     return f"{names or 'q_proj'!r}  # whole names of the path; or a regular expression: {REGULAR + regular!r}"
+
+
+def several(field: str, patterns: Iterable[str]) -> str:
+    """A field's patterns with those apart that commas or bars hold together in one text, as code; "" where there are none."""
+    values = patterns if isinstance(patterns, Mapping) else dict.fromkeys(patterns)
+    apart = {part: value for pattern, value in values.items() for part in BETWEEN.split(str(pattern)) if part}
+    if len(apart) <= len(values) or any(map(fault, apart)):
+        return ""
+    return f"{field}={apart if isinstance(patterns, Mapping) else tuple(apart)}"
 
 
 def fits(pattern: str, path: str) -> bool:
@@ -84,6 +94,20 @@ def longest(patterns: Mapping[str, T], path: str, default: T) -> T:
         raise LoraLiteError(
             f"{path} fits {some(map(repr, top))}, equally long and with different values.",
             expected="One longest pattern for a layer.",
-            fix=f"{{{exactly(path)!r}: {patterns[top[0]]!r}}}  # fits this path alone and is longer",
+            fix=f"{settled(patterns, [path])!r}  # what fits one path alone is longer",
         )
     return patterns[top[0]] if top else default
+
+
+def settled(patterns: Mapping[str, T], paths: Iterable[str]) -> dict[str, T]:
+    """The patterns without a conflict at the paths: where the longest disagree, the first counts, for that path alone."""
+    found = dict(patterns)
+    for path in paths:
+        fitting = [pattern for pattern in patterns if fits(pattern, path)]
+        top = [pattern for pattern in fitting if len(pattern) == max(map(len, fitting))]
+        if len({patterns[pattern] for pattern in top}) > 1:
+            found[exactly(path)] = patterns[top[0]]
+            if len(exactly(path)) <= len(top[0]):
+                for pattern in top[1:]:
+                    found.pop(pattern, None)
+    return found

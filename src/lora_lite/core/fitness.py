@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ..errors import LoraLiteError
+from ..errors import LoraLiteError, some
 from ..sites import obstacles
 from ..sites.layer import Layer, sizes, unfit
 from ..sites.measuring import odd_forward
 from ..sites.model import base_model, embeddings, linears, output_embeddings, unwrapped
-from .repairs import TIED, reasons
+from .repairs import TIED, reasons, renaming
 
 
 def impossible(model: nn.Module) -> dict[str, str]:
@@ -58,6 +58,18 @@ def read_at_times(model: nn.Module) -> dict[str, str]:
         path: f"read in a branch: {reader} calls it, or uses its weight without a call"
         for path, reader in obstacles.read(model)[1].items()
     }
+
+
+def refuse_absent(model: nn.Module, path: object, moved: Mapping[str, str]) -> None:
+    """Raise where layers of a file, {path there: path here}, are absent, with the renaming under which all are there."""
+    present = linears(unwrapped(model))
+    if missing := [here for here in moved.values() if here not in present]:
+        paths = renaming(list(moved), list(present))
+        raise LoraLiteError(
+            f"{path} belongs to another model: it has no Linear {some(missing)}.",
+            found=f"Linears here: {some(present)}.",
+            fix=f"ll.load(model, path, paths={paths})" if paths else "ll.load(model, path)  # model: as it was saved from",
+        )
 
 
 def refuse_places(model: nn.Module, path: object, paths: Iterable[str]) -> None:

@@ -8,8 +8,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from ..contract.pattern import fault, fits, longest, spellings
-from ..errors import LoraLiteError, some
+from ..contract.pattern import exactly, fault, fits, longest, settled, several, spellings
+from ..errors import LoraLiteError, closest, some
+from .repairs import nearest
 
 
 def gains(patterns: Mapping[str, float], paths: Iterable[str]) -> dict[str, float]:
@@ -19,18 +20,30 @@ def gains(patterns: Mapping[str, float], paths: Iterable[str]) -> dict[str, floa
     fit which do not agree.
     """
     paths = list(dict.fromkeys(paths))
+    leaves = dict.fromkeys(path.rpartition(".")[2] for path in paths)
     for pattern, gain in patterns.items():
         if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not math.isfinite(gain):
             raise LoraLiteError(f"The gain {gain!r} of {pattern!r} is no finite number.", fix=f"{{{pattern!r}: 0.5}}")
         if wrong := fault(pattern):
-            raise LoraLiteError(f"{pattern!r} is no pattern: {wrong}.", fix=spellings(pattern))
+            apart = several("", patterns).removeprefix("=")
+            fix = f"ll.scale(model, {apart})" if apart else spellings(pattern)
+            raise LoraLiteError(f"{pattern!r} is no pattern: {wrong}.", fix=fix)
         if not any(fits(pattern, path) for path in paths):
+            near = nearest(pattern, leaves) or next(iter(leaves))
             raise LoraLiteError(
                 f"{pattern!r} fits no adapted layer.",
                 expected="Names of the path, one after the other, with ranges such as 0-7 or 16-.",
-                found=f"Adapted layers: {some(paths)}.",
-                fix=f"{{{paths[0]!r}: 0.5}}",
+                found=f"Adapted layers: {some(paths)}. {closest(pattern, leaves)}",
+                fix=f"ll.scale(model, { {near if p == pattern else p: g for p, g in patterns.items()} })",
             )
+    if (apart := settled(patterns, paths)) != patterns:
+        path = next(path for path in paths if exactly(path) in apart and exactly(path) not in patterns)
+        raise LoraLiteError(
+            f"{path} fits patterns that are equally long and have different gains.",
+            expected="One longest pattern for a layer.",
+            found=f"Given: {patterns}.",
+            fix=f"ll.scale(model, {apart})",
+        )
     return {path: float(longest(patterns, path, 1.0)) for path in paths}
 
 

@@ -43,6 +43,9 @@ def refuse_unready(model: nn.Module) -> list[finding.Found]:
     return found
 
 
+FILL = 'model = model.to_empty(device="cpu")  # and model.load_state_dict of its weights'
+
+
 class Plan(NamedTuple):
     """The config of each layer; lowered {path: "r=1"} where that is less than asked; unlawful {path: why} where none is."""
 
@@ -123,7 +126,9 @@ def build(cls: type[Adapter], path: str, layer: Layer, cfg: AdapterConfig) -> Ad
     """The unfilled adapter of one layer. Errors of `param_specs` are given the layer's path and sizes."""
     weight = layer.weight
     if weight.is_meta:
-        raise LoraLiteError(f"{path} has no weights yet.", expected="A loaded model.", found="They are on the meta device.")
+        raise LoraLiteError(
+            f"{path} has no weights yet.", expected="A loaded model.", found="They are on the meta device.", fix=FILL
+        )
     dtype = cfg.buffer_dtype or (None if is_packed(layer) else weight.dtype)
     try:
         return cls(*sizes(layer), cfg, device=weight.device, matrix_dtype=dtype)

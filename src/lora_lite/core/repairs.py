@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..contract.config import AdapterConfig
@@ -14,10 +14,9 @@ TIED = "tied: shares its weight with "
 
 
 def nearest(pattern: str, leaves: Iterable[str]) -> str:
-    """The leaf name that is closest to a pattern, else the first."""
+    """The leaf name that is closest to a pattern; "" where none is near."""
     found = closest(pattern.removeprefix("re:").strip("^$").rpartition(".")[2], leaves)
-    leaves = list(leaves)
-    return found.removeprefix("Closest name: ").removesuffix(".") if found.startswith("Closest") else leaves[0]
+    return found.removeprefix("Closest name: ").removesuffix(".") if found.startswith("Closest") else ""
 
 
 def patterns_for(paths: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
@@ -30,6 +29,19 @@ def patterns_for(paths: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
         lawful = [pattern for pattern in (general, path) if not fault(pattern)]
         found.append(next((p for p in lawful if not any(fits(p, other) for other in others)), exactly(path)))
     return tuple(dict.fromkeys(found))
+
+
+def renaming(wanted: Collection[str], present: Collection[str]) -> dict[str, str]:
+    """{start of the wanted paths: start of the paths here} under which all of them are present; {} where there is none."""
+    first = next(iter(wanted)).split(".")
+    for path in present:
+        here = path.split(".")
+        same = next((k for k, (a, b) in enumerate(zip(reversed(first), reversed(here))) if a != b), min(len(first), len(here)))
+        old, new = (".".join(names[: len(names) - same]) for names in (first, here))
+        moved = [f"{new}.{p.removeprefix(old).lstrip('.')}".strip(".") for p in wanted if not old or p.startswith(f"{old}.")]
+        if same and len(moved) == len(wanted) and set(moved) <= set(present):
+            return {old: new}
+    return {}
 
 
 def options(cfg: AdapterConfig) -> str:
@@ -59,10 +71,10 @@ def reasons(skipped: Mapping[str, str]) -> str:
     return "; ".join(parts) + "." if parts else ""
 
 
-def inventory(present: Iterable[str]) -> str:
+def inventory(present: Iterable[str], of: str = "Linears in this model") -> str:
     """'Linears in this model: q_proj x6, v_proj x6.'"""
     counts = Counter(path.rpartition(".")[2] for path in present)
-    return "Linears in this model: " + some([f"{leaf} x{n}" for leaf, n in counts.items()], most=12) + "."
+    return f"{of}: " + some([f"{leaf} x{n}" for leaf, n in counts.items()], most=12) + "."
 
 
 def order(path: str) -> list[Any]:

@@ -6,7 +6,7 @@ adapted is refused. Every repair in an error is the whole config, with the user'
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import nn
 
 from ..contract.config import AdapterConfig
 from ..contract.pattern import any_fits, fits
-from ..errors import LoraLiteError, LoraLiteWarning, closest, some
+from ..errors import LoraLiteError, LoraLiteWarning, some
 from ..sites import obstacles
 from ..sites.layer import Layer, unfit
 from ..sites.model import block_index, block_lists, linears, refuse_no_module, unwrapped
 from .fitness import impossible, read_at_times, unwanted
-from .repairs import TIED, inventory, nearest, options, order, patterns_for, reasons, repair
+from .refusals import refuse_conflicts, refuse_impossible, refuse_unmatched, refuse_unused
+from .repairs import TIED, inventory, options, order, patterns_for, reasons, repair
 from .roles import roles
 
 
@@ -54,7 +55,7 @@ def select(model: nn.Module, cfg: AdapterConfig) -> Selection:
             f"{type(model).__name__} has no Linear layers that can be adapted.",
             expected="An adapter needs nn.Linear, Conv1D or a quantised Linear that is called.",
             found=reasons(cannot) or f"Modules: {some({type(m).__name__ for m in model.modules()})}.",
-            fix="ll.attach(the_model_that_holds_them, cfg)",
+            fix="ll.attach(model, cfg)  # model: one with Linears that it calls",
         )
     refuse_unmatched(model, cfg, present, cannot)
     lists = block_lists(model)
@@ -69,24 +70,20 @@ def select(model: nn.Module, cfg: AdapterConfig) -> Selection:
             del chosen[path]
     chosen = in_blocks(cfg, chosen, lists, skipped)
     chosen = with_roles(model, cfg, chosen, present, lists, skipped)
+    refuse_conflicts(cfg, chosen)
     for path in [p for p in chosen if cfg.rank_at(p) == 0]:
         skipped[path] = "rank 0"
         del chosen[path]
-    refuse_half_of_tied(model, cfg, chosen, skipped)
     if offenders := {path: cannot[path] for path in chosen if path in cannot}:
-        refuse_impossible(cfg, offenders, named)
+        refuse_impossible(cfg, present, cannot, offenders)
+    refuse_half_of_tied(model, cfg, chosen, [path for path in present if path not in cannot], skipped)
     if not chosen:
+        guilty = culprits(cfg, [skipped[path] for path in named if path in skipped])
+        able = [path for path in present if path not in cannot]
         raise LoraLiteError(
             f"{options(cfg)} together select no Linear that can be adapted.",
             found=reasons(skipped) or inventory(present),
-            fix=repair(
-                cfg,
-                targets=patterns_for([p for p in present if p not in cannot], [*present, *cannot]),
-                exclude=(),
-                layers=None,
-                roles=None,
-                rank_pattern={},
-            ),
+            fix=repair(cfg, **(guilty or {"targets": patterns_for(able, [*present, *cannot])})),
         )
     refuse_unused(cfg, named, chosen, skipped)
     if half := chosen.keys() & read_at_times(model).keys():
@@ -99,18 +96,26 @@ def select(model: nn.Module, cfg: AdapterConfig) -> Selection:
     return Selection(chosen, dict(sorted(skipped.items(), key=lambda item: order(item[0]))))
 
 
-def refuse_half_of_tied(model: nn.Module, cfg: AdapterConfig, chosen: dict[str, Layer], skipped: dict[str, str]) -> None:
+def refuse_half_of_tied(
+    model: nn.Module, cfg: AdapterConfig, chosen: dict[str, Layer], present: Collection[str], skipped: dict[str, str]
+) -> None:
     """Layers that share a weight are adapted together or not at all: of a half, merging would change the other."""
-    halves = {
-        p: TIED + next(o for o in others if o not in chosen)
-        for p, others in obstacles.tied(model).items()
-        if p in chosen and not set(others) <= chosen.keys()
-    }
+    shared = obstacles.tied(model)
+    halves = {p: TIED + next(o for o in shared[p] if o not in chosen) for p in chosen if set(shared.get(p, ())) - chosen.keys()}
     if halves and cfg.targets != "all-linear":
-        refuse_impossible(cfg, halves, chosen)
+        lacking = [o for p in halves for o in shared[p] if o not in chosen]
+        together = all(o in present and not any_fits((*cfg.targets, *cfg.exclude), o) for o in lacking)
+        refuse_impossible(cfg, present, halves, halves, patterns_for(lacking, present) if together else ())
     for path in halves:
         skipped[path] = halves[path]
         del chosen[path]
+
+
+def culprits(cfg: AdapterConfig, whys: Collection[str]) -> dict[str, Any]:
+    """{option without what left layers out} for those of the reasons that an option gave."""
+    said = {"exclude=": {"exclude": ()}, "block ": {"layers": None}, "in no block": {"layers": None}, "a ": {"roles": None}}
+    said["rank 0"] = {"rank_pattern": {pattern: rank for pattern, rank in cfg.rank_pattern.items() if rank}}
+    return {k: v for start, change in said.items() if any(why.startswith(start) for why in whys) for k, v in change.items()}
 
 
 def in_blocks(
@@ -183,62 +188,3 @@ def refuse_peft(model: nn.Module) -> None:
             fix="model = model.merge_and_unload()  # or, to go on training it here: peft_model.save_pretrained(folder); "
             "model = peft_model.unload(); ll.load_peft(model, folder)",
         )
-
-
-def refuse_impossible(cfg: AdapterConfig, offenders: dict[str, str], known: Iterable[str]) -> None:
-    raise LoraLiteError(
-        f"{reasons(offenders)} Such layers cannot be adapted.",
-        expected="An adapter acts where a layer is called as W x + b and its weight has one use.",
-        fix=repair(cfg, exclude=(*cfg.exclude, *patterns_for(offenders, known))),
-    )
-
-
-def refuse_unmatched(model: nn.Module, cfg: AdapterConfig, present: dict[str, Layer], unfit: dict[str, str]) -> None:
-    """Raise for targets and ranks that fit no Linear, and for exclusions of nothing."""
-    paths = [path for path, _ in model.named_modules() if path] + list(unfit)
-    for field, patterns in cfg.patterns().items():
-        known = paths if field == "exclude" else list(present)
-        for pattern in patterns:
-            if any(fits(pattern, path) for path in known):
-                continue
-            others = {path: why for path, why in unfit.items() if fits(pattern, path)}
-            layers = [path for path in present if path not in unfit]
-            leaves = dict.fromkeys(path.rpartition(".")[2] for path in (paths if field == "exclude" else layers))
-            rest = tuple(p for p in patterns if p != pattern)
-            near = nearest(pattern, leaves)
-            if field == "rank_pattern":
-                changed: Any = {near if p == pattern else p: rank for p, rank in cfg.rank_pattern.items()}
-            else:
-                changed = tuple(dict.fromkeys((*rest, near))) if field == "targets" else rest
-            raise LoraLiteError(
-                f"{field}: {pattern!r} selects no Linear."
-                if field != "exclude"
-                else f"exclude: {pattern!r} matches no module.",
-                expected="Every pattern must fit at least one.",
-                found=f"{reasons(others)} " * bool(others)
-                + f"{inventory(present)} {closest(pattern.removeprefix('re:').strip('^$'), leaves)}",
-                fix=repair(cfg, **{field: changed}),
-            )
-
-
-def refuse_unused(cfg: AdapterConfig, named: dict[str, Layer], chosen: dict[str, Layer], skipped: dict[str, str]) -> None:
-    """Raise for patterns whose layers other options leave out; `roles` and ranks of 0 only report."""
-    before = [p for p in named if p in chosen or skipped.get(p, "").startswith(("a ", "rank 0"))]
-    for field, patterns in (("targets", cfg.patterns()["targets"]), ("rank_pattern", cfg.rank_pattern)):
-        for pattern in patterns:
-            if not any(fits(pattern, path) for path in (before if field == "targets" else [*chosen, *zero(skipped)])):
-                kept = {k: v for k, v in cfg.rank_pattern.items() if k != pattern}
-                rest = tuple(p for p in patterns if p != pattern)
-                raise LoraLiteError(
-                    f"{field}: {pattern!r} selects only layers that other options leave out.",
-                    found=f"{options(cfg)}.",
-                    fix=repair(cfg, rank_pattern=kept)
-                    if field == "rank_pattern"
-                    else repair(cfg, targets=rest)
-                    if rest
-                    else repair(cfg, exclude=(), layers=None, roles=None),
-                )
-
-
-def zero(skipped: Mapping[str, str]) -> list[str]:
-    return [path for path, why in skipped.items() if why == "rank 0"]

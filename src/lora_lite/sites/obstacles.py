@@ -133,6 +133,19 @@ def scripted(model: nn.Module) -> list[str]:
     return found
 
 
+def computing(layer: nn.Module, path: str) -> str:
+    """Code that makes the computed weight of a layer a frozen parameter."""
+    own = layer._parameters.keys() | layer._buffers.keys()
+    remove = 'layer.parametrizations.requires_grad_(); torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")'
+    if "weight_g" in own:
+        remove = "torch.nn.utils.remove_weight_norm(layer)"
+    elif "weight_mask" in own:
+        remove = 'torch.nn.utils.prune.remove(layer, "weight")'
+    elif "weight_u" in own:
+        remove = "torch.nn.utils.remove_spectral_norm(layer)"
+    return f"layer = model.get_submodule({path!r}); {remove}; layer.weight.requires_grad_(False)"
+
+
 def foreign_adapters(model: nn.Module) -> str:
     """The path of a layer that PEFT has wrapped; "" where there is none."""
     for path, module in model.named_modules():
