@@ -14,7 +14,9 @@ import torch
 from ..calibration.enough import TooLittleData, require_tokens
 from ..calibration.statistics import EITHER, LABELS, Stats
 from ..contract.annotations import Any, Float, Tensor
+from ..contract.limits import summed
 from ..errors import LoraLiteWarning, some
+from ..mathematics.maps import binade, length
 from ..mathematics.spectrum import left_svd
 from .orientation import oriented_left_svd, required
 
@@ -45,9 +47,10 @@ def basis(cfg: Any, stats: Stats, path: str, W: Float[Tensor, "o i"]) -> Float[T
 def channel_scale(cfg: Any, stats: Stats, path: str, like: Tensor) -> Float[Tensor, " i"]:
     """q of "asvd": (mean |x_j|)^asvd_alpha or, with asvd_stat="rms", (mean x_j^2)^(asvd_alpha / 2)."""
     name = "x_abs" if cfg.asvd_stat == "abs_mean" else "x_sq"
-    mean = (stats[name][path] / stats["n"][path]).to(like)
+    mean = (summed(stats, name, path) / stats["n"][path]).to(like)
     mean = mean if name == "x_abs" else mean.sqrt()
     q = mean**cfg.asvd_alpha
+    q = q / binade(q)  # U is that of any multiple of q
     return q + 1e-6 * q.max()  # a channel that is silent on the data still counts a little
 
 
@@ -55,7 +58,13 @@ def scores(cfg: Any, stats: Stats, path: str, U: Float[Tensor, "o k"]) -> Float[
     """What each direction is worth to `basis="select"`, up to a common factor."""
     if cfg.select_score == "contrast":
         return (U.T @ contrast(cfg, stats, path, U)).abs()
-    return ((stats["y_moment"][path].to(U) @ U) * U).sum(0).clamp(min=0).sqrt()
+    return ((moment(stats, "y_moment", path, U) @ U) * U).sum(0).clamp(min=0).sqrt()
+
+
+def moment(stats: Stats, name: str, path: str, like: Tensor) -> Tensor:
+    """A sum of products in the dtype of `like`, of which it may take a power of two to be in its range."""
+    total = summed(stats, name, path)
+    return (total / binade(total)).to(like)
 
 
 def capture(stats: Stats, path: str, W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> float | None:
@@ -63,12 +72,15 @@ def capture(stats: Stats, path: str, W: Float[Tensor, "o i"], U: Float[Tensor, "
     name = next((name for name in ("y_moment", *EITHER) if name in stats), None)
     if name is None:
         return None
-    M, P = stats[name][path].to(W), U.T @ W
+    M, W = moment(stats, name, path, W), W / binade(W)
+    P = U.T @ W
     if name == "y_moment" or M.shape not in (W.shape, (W.shape[1], W.shape[1])):  # sum (y - b)(y - b)^T
-        return float(((M @ U) * U).sum() / M.trace())
-    if M.shape == (W.shape[1], W.shape[1]):  # sum x x^T, also of a square layer
-        return float(((P @ M) * P).sum() / ((W @ M) * W).sum())
-    return float(((U.T @ M) * P).sum() / (M * W).sum())  # sum (y - b) x^T
+        part, whole = ((M @ U) * U).sum(), M.trace()
+    elif M.shape == (W.shape[1], W.shape[1]):  # sum x x^T, also of a square layer
+        part, whole = ((P @ M) * P).sum(), ((W @ M) * W).sum()
+    else:  # sum (y - b) x^T
+        part, whole = ((U.T @ M) * P).sum(), (M * W).sum()
+    return float(part / whole) if whole > 0 else None
 
 
 def contrast_names(cfg: Any) -> tuple[str, ...]:
@@ -97,14 +109,16 @@ def contrast(cfg: Any, stats: Stats, path: str, like: Tensor) -> Float[Tensor, "
             fix='calibration_data={"positive": batches, "negative": batches_of_another_class}',
         )
     m = m.to(like)
-    return m / m.norm()
+    return m / length(m)
 
 
 def difference(cfg: Any, stats: Stats, path: str) -> tuple[Float[Tensor, " o"], Float[Tensor, " o"]]:
     """m and the root mean square of each channel, in float64."""
-    positive, negative, n_positive, n_negative, *squares = (stats[name][path] for name in contrast_names(cfg))
+    positive, negative, n_positive, n_negative, *squares = (summed(stats, name, path) for name in contrast_names(cfg))
+    means = positive / n_positive, negative / n_negative
     size = ((squares[0] / n_positive + squares[1] / n_negative) / 2).sqrt()
-    return positive / n_positive - negative / n_negative, size
+    least = ((means[0].square() + means[1].square()) / 2).sqrt()  # of numbers whose squares in float32 are 0
+    return means[0] - means[1], torch.maximum(size, least)
 
 
 def rounding(stats: Stats, path: str) -> float:

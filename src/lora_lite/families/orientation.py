@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..calibration.enough import require_rank, resolved
 from ..calibration.statistics import Stats
+from ..contract.limits import summed
 from ..mathematics.spectrum import congruent, gram, left_svd, top_eigenvectors
 
 MOMENTS = {"sqrt": "x_moment|y_moment", "full": "x_moment|yx_moment"}
@@ -48,7 +49,7 @@ def oriented_left_svd(
     if metric == "plain":
         return left_svd(W, r, smallest=smallest)
     *_, count, trace, moment = required(metric, call_norm)
-    n, trace, M = (stats[name][path].to(W.device) for name in (count, trace, moment))
+    n, trace, M = (summed(stats, name, path).to(W.device) for name in (count, trace, moment))
     o, i = W.shape
     delta = float(damp * trace / n / i)
     if metric == "full" and not smallest:
@@ -87,9 +88,9 @@ def oriented_left_svd(
 def rank_of(W: Tensor, U: Tensor, M: Tensor, mean: float = 0.0) -> int:
     """How many columns of U (o, r) stand out from rounding in M: C (i, i), G (o, o), or K (o, i) with C_jj about `mean`."""
     U = U.to(M)
-    P = U.T @ W.to(M)
+    P = (U.T @ W.to(M)).double()  # its squares may leave float32
     if M.shape == (W.shape[1], W.shape[1]):
-        energy, noise = ((P @ M) * P).sum(1), P.square() @ M.diagonal()
+        energy, noise = ((P.to(M) @ M) * P).sum(1), P.square() @ M.diagonal().double()
     elif M.shape == W.shape:
         energy, noise = ((U.T @ M) * P).sum(1), P.square().sum(1) * mean
     else:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..calibration.enough import require_rank, require_tokens, resolved
 from ..calibration.statistics import Stats, sketch_matrix
+from ..contract.limits import summed
 from ..mathematics.spectrum import nystrom, top_eigenvectors
 
 
@@ -36,7 +37,7 @@ def principal(names: tuple[str, ...], stats: Stats, path: str, count: int, cente
     Raises LoraLiteError for fewer tokens than directions.
     """
     n = require_tokens(stats, path, count, f"{count} principal directions", names[0])
-    trace, total, S = (stats[name][path] for name in names[1:])
+    trace, total, S = (summed(stats, name, path) for name in names[1:])
     known = stats.setdefault("principal", WeakTensorKeyDictionary())  # type: ignore[attr-defined]
     if S not in known or len(known[S][1]) < count:
         mean = total / n if center else torch.zeros_like(total)
@@ -47,7 +48,8 @@ def principal(names: tuple[str, ...], stats: Stats, path: str, count: int, cente
             Omega = sketch_matrix(*S.shape, 0).to(S)
             V, values = nystrom(S / n - torch.outer(mean, mean @ Omega), Omega)
             noise, width = (trace / n / len(S)).expand(len(values)), (4 * len(S)) ** 2  # rounding of a sketch comes back larger
-        values = torch.where(torch.arange(len(values), device=S.device) < resolved(values, noise, width), values, 0.0)
+        standing = resolved(values, noise, width) if trace > 0 else 0  # squares of tiny inputs are 0 in float32
+        values = torch.where(torch.arange(len(values), device=S.device) < standing, values, 0.0)
         variance = float(trace / n - mean @ mean)
         floor = 1e-6 * float(trace / n) or 1.0  # a constant input has no variance beyond the rounding of its sums
         known[S] = V[:, :count].clone(), values[:count].clamp(min=0) / max(variance, floor)

@@ -9,7 +9,7 @@ from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract.spec import normal
 from ..mathematics.maps import lin
 from ..mathematics.spectrum import orth, top_eigenvectors
-from .basis import contrast, contrast_names, has_contrast
+from .basis import contrast, contrast_names, has_contrast, moment
 from .subspace import OutputSubspace, SubspaceConfig
 
 
@@ -69,8 +69,8 @@ class SeededSubspace(OutputSubspace):
             first = U.T @ m
         super().orient(path, stats, W, U)
         if first is not None or (seed != "random" and "y_moment" in stats):
-            moment = U.T @ stats["y_moment"][path].to(U) @ U if "y_moment" in stats else torch.eye(U.shape[1]).to(U)
-            self.v.copy_(leading(moment, self.cfg.k, first))
+            H = U.T @ moment(stats, "y_moment", path, U) @ U if "y_moment" in stats else torch.eye(U.shape[1]).to(U)
+            self.v.copy_(leading(H, self.cfg.k, first))
 
 
 def leading(H: Float[Tensor, "r r"], k: int, first: Tensor | None = None) -> Float[Tensor, "r k"]:

@@ -18,7 +18,7 @@ from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract.limits import refuse_indivisible, refuse_rank
 from ..contract.spec import uniform, zeros
 from ..errors import LoraLiteError
-from ..mathematics.maps import box, lin, without_bias
+from ..mathematics.maps import box, length, lin, without_bias
 from ..mathematics.rotations import bounded, cayley_shift, skew, softened
 from .basis import basis, capture, contrast, has_contrast, needed, warn_of_massive_channels
 
@@ -124,7 +124,7 @@ class OutputSubspace(Adapter):
         """Take U as the basis, note sigma where it is declared, report the share of the statistics that U captures."""
         self.U.copy_(U)
         if "sigma" in self.specs():
-            self.sigma.copy_(strengths(W, U))
+            self.sigma.copy_(strengths(W, U, torch.finfo(self.U.dtype).smallest_normal))
         share = capture(stats, path, W, U)
         if share is not None:
             self.report["capture"] = share
@@ -163,15 +163,16 @@ def gain(coeff: Any, g: Float[Tensor, " r"], suppress_only: bool) -> Float[Tenso
     return F.elu(coeff * (box(g, -math.inf, 0.0) if suppress_only else g))
 
 
-def strengths(W: Float[Tensor, "o i"], U: Float[Tensor, "o r"]) -> Float[Tensor, " r"]:
+def strengths(W: Float[Tensor, "o i"], U: Float[Tensor, "o r"], least: float = 0.0) -> Float[Tensor, " r"]:
     """sigma_k = |W^T u_k|, and 0 where rounding W to the numbers that it holds leaves as much in any direction.
 
-    Rounding errors of relative size e are a random matrix of norm about e |W|_F (1/sqrt(o) + 1/sqrt(i)) / 3.
+    Rounding errors of relative size e are a random matrix of norm about e |W|_F (1/sqrt(o) + 1/sqrt(i)) / 3. Below
+    `least`, of float16 6e-5, the outputs that h is read off have lost digits to their dtype.
     """
     held = next((d for d in (torch.bfloat16, torch.float16, torch.float32) if torch.equal(W.to(d).to(W.dtype), W)), W.dtype)
-    sigma = (W.T @ U).norm(dim=0)
-    noise = torch.finfo(held).eps / 2 * W.norm() * (W.shape[0] ** -0.5 + W.shape[1] ** -0.5)
-    return torch.where(sigma > noise, sigma, 0.0)
+    sigma = length(W.T @ U, 0)
+    noise = torch.finfo(held).eps / 2 * length(W) * (W.shape[0] ** -0.5 + W.shape[1] ** -0.5)
+    return torch.where(sigma > noise.clamp(min=least), sigma, 0.0)
 
 
 def read_off(h: Float[Tensor, "... r"], sigma: Float[Tensor, " r"]) -> Float[Tensor, "... r"]:

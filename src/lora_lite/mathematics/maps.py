@@ -128,6 +128,23 @@ def unit(V: Tensor, dim: int, floor: float, length: float | Tensor = 1.0) -> Ten
     return V * (length / torch.linalg.vector_norm(V, dim=dim, keepdim=True).clamp(min=floor))
 
 
+def binade(tensor: Tensor) -> float:
+    """A power of two near the largest absolute number where squares of such numbers could leave float32, else 1; NaN where one
+    is not finite. Dividing by it and multiplying by it again changes no digit.
+    """
+    if tensor.is_meta:
+        return 1.0
+    largest = float(torch.linalg.vector_norm(tensor.detach(), math.inf))
+    if not math.isfinite(largest):
+        return math.nan
+    return 1.0 if largest == 0 or 1e-12 < largest < 1e12 else 2.0 ** math.frexp(largest)[1]
+
+
+def length(V: Tensor, dim: int | None = None) -> Tensor:
+    """Norms of the vectors along `dim`, or of all numbers, in their dtype; their squares may leave its range."""
+    return torch.linalg.vector_norm(V, dim=dim, dtype=None if binade(V) == 1 else torch.float64).to(V.dtype)
+
+
 def wide(*tensors: Tensor) -> list[Tensor]:
     """The tensors in float32 or better: what is squared, divided or summed there stays in its range."""
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]

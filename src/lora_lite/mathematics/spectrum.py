@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import LoraLiteWarning
 from .lanczos import fast_in_bfloat16, lanczos, orthonormal, powered
+from .maps import binade, is_finite
 
 BLOCK = 128  # rows of a symmetric matrix that are worked on at a time
 MOST_ROWS = 1024  # of a matrix that are copied at a time to another precision
@@ -29,9 +30,14 @@ def left_svd(
            in the dtype of M. Accepted where |M M^T v_k - s_k^2 v_k| <= s_k^2 sqrt(tol) / 3 in the dtype of M, for the v_k that
            M M^T then takes nearer (`powered`); else exact, with a warning. tol: share of the largest |U^T M|^2 to be missed.
     auto   fast where r is at most a sixteenth of a shorter side above 2048.
-    Results come in the dtype of M.
+    Results come in the dtype of M; NaN where M is not finite.
     """
-    shorter = min(M.shape)
+    shorter, unit = min(M.shape), binade(M)
+    if unit != 1:  # squares of M could leave float32
+        if unit != unit:
+            return M.new_full((len(M), r), torch.nan), M.new_full((r,), torch.nan)
+        U, S = left_svd(M / unit, r, method, smallest, tol)
+        return U, S * unit
     if not smallest and (method == "fast" or (method == "auto" and shorter > 2048 and r <= shorter // 16)):
         found = fast_left_svd(M, r, tol)
         if found is not None:
@@ -117,8 +123,11 @@ def mirrored(G: Tensor) -> Tensor:
 def top_eigenvectors(G: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """(vectors (n, r), values (r,)) of a symmetric matrix in float64, descending: few of a large one by
     `leading_eigenpairs` down to a residual of 1e-7, which is what float32 resolves, else all by `torch.linalg.eigh`.
+    NaN where G is not finite.
     """
     G = G.double()
+    if not is_finite(G):
+        return G.new_full((len(G), r), torch.nan), G.new_full((r,), torch.nan)
     found = leading_eigenpairs(G, r, tol=1e-6, residual=1e-7) if len(G) >= 768 and 48 * r <= len(G) else None
     if found is None:
         values, vectors = torch.linalg.eigh(G)
@@ -185,8 +194,15 @@ def nystrom(S: Tensor, Omega: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orth(V: Tensor) -> Tensor:
-    """Orthonormal columns spanning those of V (o, k), in float32 or better."""
+    """Orthonormal columns spanning those of V (o, k), in float32 or better.
+
+    A column that the ones before it span up to rounding becomes any that is orthogonal to them, without a gradient.
+    """
     V = V.to(torch.promote_types(V.dtype, torch.float32))
     if V.shape[1] == 1:
         return V / V.norm(dim=0).clamp(min=1e-12)
+    if V.requires_grad:  # the gradient of QR divides by what is left of each column
+        Q, R = torch.linalg.qr(V.detach())
+        spanned = R.diagonal().abs() <= 4 * len(V) ** 0.5 * torch.finfo(V.dtype).eps * R.abs().amax(0)
+        V = torch.where(spanned, Q, V)
     return torch.linalg.qr(V).Q

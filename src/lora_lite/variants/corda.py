@@ -22,7 +22,7 @@ from ..contract import dataclass, register
 from ..contract.annotations import Any, Literal
 from ..families.orientation import oriented_left_svd, required
 from ..families.twin import Twin, TwinConfig
-from ..mathematics import lin
+from ..mathematics import length, lin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,6 @@ class CorDA(Twin):
             U, S = oriented_left_svd(cfg.metric, stats, path, W, count, cfg.damp, last, cfg.call_norm)
             U, S = U[:, -r:], S.clamp(min=1e-6 * S[0])[-r:]
             P = lin(W.T, U.T).T
-            q = S if cfg.split == "paper" else P.norm(dim=1)
+            q = S if cfg.split == "paper" else length(P, 1)
             a.A0.copy_(torch.where(q > 0, q, 1.0).rsqrt()[:, None] * P / a.s**0.5)
             a.B0.copy_(U * (q / a.s).sqrt())

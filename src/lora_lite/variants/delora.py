@@ -22,7 +22,7 @@ import torch
 from ..contract import Adapter, AdapterConfig, Claims, ParamSpec, Specs, dataclass, register
 from ..contract.annotations import Any, Float, Literal, Parameter, Tensor
 from ..contract.spec import constant, kaiming, zeros
-from ..mathematics import add_low_rank, unit
+from ..mathematics import add_low_rank, length, unit
 
 FLOOR = 1e-4  # of the length that a vector is divided by
 
@@ -67,7 +67,7 @@ class DeLoRA(Adapter):
         return specs | frozen | {"w": ParamSpec((d_in,), trainable=False)}
 
     def init(self, W: Float[Tensor, "o i"]) -> None:
-        self.w.copy_(W.norm(dim=0) if self.cfg.norm == "column" else W.norm())
+        self.w.copy_(length(W, 0 if self.cfg.norm == "column" else None))
         if self.cfg.start == "frozen_copy":
             for trained, frozen in ((self.A, self.A0), (self.B, self.B0), (self.lam, self.lam0)):
                 trained.copy_(frozen.copy_(trained))  # both hold what the dtype of the buffer can hold

@@ -22,7 +22,7 @@ import torch
 from ..contract import Adapter, AdapterConfig, ParamSpec, Specs, dataclass, register
 from ..contract.annotations import Any, Float, Parameter, Tensor
 from ..contract.spec import kaiming
-from ..mathematics import add_products, lin, wide
+from ..mathematics import add_products, length, lin, wide
 
 LEAST = 2.0**-24  # of a row's norm, the smallest number of float16: rows of zeros keep a finite m/n
 
@@ -53,7 +53,7 @@ class DoRA(Adapter):
         return {"n0" if key == "w2" else key: t.sqrt() if key == "w2" else t for key, t in tensors.items()}
 
     def init(self, W: Float[Tensor, "o i"]) -> None:
-        self.n0.copy_(torch.linalg.vector_norm(W, dim=1).clamp(min=LEAST))
+        self.n0.copy_(length(W, 1).clamp(min=LEAST))
         self.m.copy_(self.n0)
 
     def forward(self, x: Float[Tensor, "... i"], y: Float[Tensor, "... o"], base: Any) -> Float[Tensor, "... o"]:
