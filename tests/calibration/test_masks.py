@@ -1,5 +1,7 @@
 """Which tokens count, on models of several shapes: a padded batch gives the sums of its rows alone."""
 
+import inspect
+import re
 import warnings
 
 import pytest
@@ -320,3 +322,156 @@ def test_model_whose_positions_cannot_be_given_is_named():
     model = toy.seeded(Absolute)
     with pytest.warns(ll.LoraLiteWarning, match=r"Absolute another output.*Pad calibration data on the right"):
         measure(model, {"l": model.o_proj}, ["n"], [{"input_ids": ids(2, 9), "attention_mask": kept(4, 9, left=True)}])
+
+
+# --- what a batch calls its mask --------------------------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    """Takes masks of several names and needs none, so that what is counted is what calibration understood."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.o_proj = nn.Embedding(64, 16), nn.Linear(16, 16)
+
+    def forward(self, input_ids, attention_mask=None, mask=None, key_padding_mask=None, token_type_ids=None, labels=None):
+        return self.o_proj(self.embed(input_ids))
+
+
+class Unnamed(Words):
+    def forward(self, *args):
+        return super().forward(*args)
+
+
+class Maskless(Words):
+    def forward(self, x, valid=None):
+        return super().forward(x)
+
+
+IDS, MASK = ids(2, 9), kept(4, 9)
+PAD = MASK == 0
+TOLD = r"{} may say which tokens are padding and is not read as such.*\"attention_mask\": mask"
+
+
+def counts(model, batches, say=None):
+    """The number of tokens, and with it the one warning or none."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", ll.LoraLiteWarning)
+        n = measure(model, {"l": model.o_proj}, ["n"], batches)["n"]["l"]
+    messages = [str(w.message) for w in said if issubclass(w.category, ll.LoraLiteWarning)]
+    assert len(messages) == (say is not None), messages
+    assert say is None or re.search(say, messages[0]), messages
+    return int(n)
+
+
+@pytest.mark.parametrize(
+    ("make", "batch", "tokens", "say"),
+    [
+        (Words, {"input_ids": IDS, "attention_mask": MASK}, 13, None),
+        (Words, (IDS, MASK), 13, None),
+        (Words, [IDS, MASK.bool()], 13, None),
+        (Words, IDS, 18, None),
+        (Words, {"input_ids": IDS, "attention_mask": MASK[:, None, None]}, 13, None),
+        (Words, {"input_ids": IDS, "attention_mask": MASK[..., None]}, 13, None),
+        (Words, {"input_ids": IDS, "key_padding_mask": PAD}, 13, None),
+        (Words, {"input_ids": IDS, "key_padding_mask": torch.zeros(2, 9).masked_fill(PAD, -torch.inf)}, 13, None),
+        (Words, {"input_ids": IDS, "key_padding_mask": PAD, "attention_mask": 1 - MASK}, 5, None),
+        (Words, {"input_ids": IDS, "mask": MASK, "attention_mask": MASK}, 13, None),
+        (Words, {"input_ids": IDS, "mask": torch.ones_like(MASK)}, 18, None),
+        (Words, {"input_ids": IDS, "token_type_ids": MASK}, 18, None),
+        (Words, {"input_ids": IDS, "labels": MASK}, 18, None),
+        (Maskless, {"x": IDS, "attention_mask": MASK}, 13, None),
+        (Maskless, MASK, 18, None),  # words of two letters
+        (Words, {"input_ids": IDS, "mask": MASK}, 18, "mask"),
+        (Words, (IDS, None, PAD), 18, "mask"),
+        (Words, {"input_ids": IDS, "attention_mask": {"full_attention": PAD[:, None, None]}}, 18, "attention_mask"),
+        (Maskless, {"x": IDS, "valid": MASK.float()}, 18, "valid"),
+        (Maskless, [MASK, MASK], 18, "valid"),
+        (Unnamed, (IDS, MASK), 18, r"batch\[1\]"),
+    ],
+)
+def test_masks_are_read_by_position_and_by_names_with_one_meaning_and_others_are_named(make, batch, tokens, say):
+    assert counts(toy.seeded(make), [batch, batch], say and TOLD.format(say)) == 2 * tokens
+
+
+def test_a_loader_over_a_dataset_of_tensors_gives_masks_by_position_and_keeps_its_batches_for_the_users_loss():
+    model, given = toy.seeded(Words), []
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IDS, MASK), batch_size=1)
+
+    def loss(model, batch):
+        given.append(type(batch))
+        return model(*batch).square().mean()
+
+    assert counts(model, loader) == 13
+    assert measure(model, {"l": model.o_proj}, ["wgrad", "n"], loader, loss)["n"]["l"] == 13
+    assert set(given) == {tuple}
+
+
+def test_rows_behind_padding_get_their_positions_also_when_batches_are_given_by_position():
+    model, mask = gpt2("GPT2Model").eval(), kept(4, 9, left=True)
+    order = list(inspect.signature(model.forward).parameters)
+    batch = {"input_ids": IDS, "attention_mask": mask}
+    by_position = tuple(batch.get(name) for name in order[: order.index("attention_mask") + 1])
+    want, got = (measure(model, inside(model), ["x_sum", "n"], [one]) for one in (batch, by_position))
+    assert all(torch.equal(got[name][path], want[name][path]) for name in ("x_sum", "n") for path in inside(model))
+    assert set(map(int, got["n"].values())) == {13}
+
+
+def test_a_padding_mask_of_other_numbers_is_refused():
+    with pytest.raises(ll.LoraLiteError, match=r"calibration_data\[0\]: key_padding_mask holds numbers"):
+        counts(Words(), [{"input_ids": IDS, "key_padding_mask": torch.full((2, 9), 0.5)}])
+
+
+# --- torch's own transformer ------------------------------------------------------------------------------------------
+
+
+def encoder(batch_first=True):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first)
+    return toy.seeded(lambda: nn.TransformerEncoder(layer, 1, enable_nested_tensor=batch_first)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("left", [False, True], ids=["nested", "padding on the left"])
+@pytest.mark.parametrize("first", [True, False], ids=["batch first", "time first"])
+@pytest.mark.parametrize("lengths", [(4, 9), (1, 2)], ids=["rows", "as many rows as tokens"])
+def test_tokens_of_torchs_encoder_are_those_of_the_rows_alone(lengths, first, left):
+    """With padding on the right it makes nested tensors, which hold the kept tokens."""
+    model, mask = encoder(first), kept(*lengths, left=left)
+    x = toy.inputs(2, max(lengths), 16)
+    layers = {p: layer for p, layer in linears(model).items() if "linear" in p}
+    turned = (lambda t: t) if first else (lambda t: t.transpose(0, 1))
+    names = ("n", "x_sum", "y_moment", *(("x_sum/last", "n/last") if first else ()))
+    got = measure(model, layers, names, [{"src": turned(x), "src_key_padding_mask": mask == 0}])
+    alone = [measure(model, layers, names, [{"src": turned(x[k : k + 1, mask[k] == 1])}]) for k in (0, 1)]
+    for path in layers:
+        assert got["n"][path] == sum(lengths)
+        for name in names:
+            want = alone[0][name][path] + alone[1][name][path]
+            assert error(got[name][path], want) < 1e-4 * max(1.0, float(want.abs().max())), (name, path)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_methods_attach_to_torchs_encoder_on_padded_batches():
+    data = [{"src": toy.inputs(3, 7, 16), "src_key_padding_mask": kept(5, 7, 6) == 0}]
+    for name in ("corda", "eva"):
+        assert len(ll.attach(encoder(), ll.config(name, r=2), data).layers) == 2
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_labels_and_last_tokens_of_nested_tensors():
+    model, x = toy.one(4, 4), toy.inputs(2, 5, 4)
+    parts = torch.nested.nested_tensor([x[0, :2], x[1]])
+    labels = torch.tensor([[1, -100, -100, -100, -100], [-100, 2, -100, -100, 3]])
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.o_proj = model.o_proj
+
+        def forward(self, x, labels):
+            return self.o_proj(parts).to_padded_tensor(0.0)
+
+    got = measure(Inner(), {"l": model.o_proj}, ("x_sum", "x_sum/labels", "x_sum/last"), [{"x": x, "labels": labels}])
+    want = {"": x[0, :2].sum(0) + x[1].sum(0), "/labels": x[0, 0] + x[1, 1] + x[1, 4], "/last": x[0, 1] + x[1, 4]}
+    for position, rows in want.items():
+        assert error(got[f"x_sum{position}"]["l"], rows.double()) < 1e-5, position

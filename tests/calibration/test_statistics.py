@@ -512,3 +512,89 @@ def test_the_cheaper_moment_is_formed_once_per_input_and_batch(monkeypatch):
     of = {path: getattr(model, path) for path in ("up", "down", "square", "alone", "last")}
     measure(model, of, ("x_moment|yx_moment",), toy.batches(count=3))
     assert shapes == [24, 24] * 3
+
+
+# --- batches that do not run ----------------------------------------------------------------------------------------------
+
+
+class Words(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.o_proj = torch.nn.Embedding(8, 24), torch.nn.Linear(24, 24)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        return self.o_proj(x if attention_mask is None else x * attention_mask[:, :, None])
+
+
+IDS = torch.ones(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        ("hello", r", a str, does not run.*TypeError(.|\n)*model\(batch\)"),
+        (None, r", a NoneType, does not run"),
+        ({"input_ids": ["a"]}, r", \{'input_ids': list\}, does not run(.|\n)*model\(\*\*batch\)"),
+        ({"words": IDS}, r"unexpected keyword argument 'words'"),
+        ((IDS, IDS, IDS), r", \(\(2, 3\), \(2, 3\), \(2, 3\)\), does not run(.|\n)*model\(\*batch\)"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 3, 3)}, r"'attention_mask': \(2, 3, 3\)\}, does not run"),
+        ({"input_ids": IDS[0], "attention_mask": torch.ones(3)}, r"'input_ids': \(3,\).*IndexError"),
+        ({"input_ids": IDS + 9}, r"IndexError: index out of range"),
+        ({"input_ids": IDS, "attention_mask": IDS / 0}, r": attention_mask holds other numbers"),
+    ],
+)
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_batch_that_does_not_run_is_named_with_its_shapes_and_the_cause(batch, told, labelled):
+    model, data = Words(), [{"input_ids": IDS}, batch]
+    place = r"calibration_data\['negative'\]\[1\]" if labelled else r"calibration_data\[1\]"
+    with pytest.raises(ll.LoraLiteError, match=f"{place}.*{told}") as raised:
+        measure(model, {"l": model.o_proj}, ["n"], {"positive": data[:1], "negative": data} if labelled else data)
+    assert raised.value.__cause__ is not None or "does not run" not in told
+    assert not model.o_proj._forward_hooks
+
+
+def test_what_runs_out_of_memory_is_left_to_those_who_catch_it():
+    class Large(Words):
+        def forward(self, input_ids):
+            raise torch.OutOfMemoryError
+
+    model = Large()
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(model, {"l": model.o_proj}, ["n"], [IDS])
+
+
+@pytest.mark.parametrize("empty", [IDS[:0], {"input_ids": IDS[:, :0], "attention_mask": IDS[:, :0]}, (IDS[:0], IDS[:0])])
+def test_batches_without_a_row_are_skipped_and_it_is_said_once(empty):
+    class Strict(Words):
+        def forward(self, input_ids, attention_mask=None):
+            assert len(input_ids)
+            return super().forward(input_ids, attention_mask)
+
+    model = Strict()
+    with pytest.warns(ll.LoraLiteWarning, match=r"skipped \(2\): calibration_data\[0\], calibration_data\[2\]") as said:
+        got = measure(model, {"l": model.o_proj}, ["n", "calls"], [empty, IDS, empty, IDS])
+    assert (got["n"]["l"], got["calls"]["l"], len(said)) == (12, 2, 1)
+    with pytest.raises(ll.LoraLiteError, match=r"calibration_data is empty.*with a row"):
+        measure(model, {"l": model.o_proj}, ["n"], [empty])
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"pos": [IDS], "neg": [IDS]}, r"classes 'pos', 'neg'(.|\n)*\"positive\": data\['pos'\], \"negative\": data\['neg'\]"),
+        (
+            {"Negative": iter([IDS]), "Positive": [(IDS,)]},
+            r"\"positive\": data\['Positive'\], \"negative\": data\['Negative'\]",
+        ),
+        ({"positive": [IDS], "neg": [{"input_ids": IDS}]}, r"classes 'positive', 'neg'"),
+        ({"positive": [IDS], "negative": [IDS], "neutral": [IDS]}, r"classes 'positive', 'negative', 'neutral'"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}, r"calibration_data is a dict"),
+        ({"text": ["a", "b"], "label": [1, 2]}, r"calibration_data is a dict"),
+        ({"input_ids": IDS, "attention_mask": IDS}, r"calibration_data is a dict"),
+    ],
+)
+def test_classes_of_other_names_are_told_from_one_batch(data, told):
+    model = Words()
+    with pytest.raises(ll.LoraLiteError, match=told):
+        measure(model, {"l": model.o_proj}, ["n"], data)

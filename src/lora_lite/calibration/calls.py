@@ -1,13 +1,16 @@
 """Calling a model on calibration batches: the device, the mode and the precision."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLiteError
+from ..sites.model import unwrapped
 
 
 def field(output: Any, name: str) -> Tensor | None:
@@ -26,10 +29,40 @@ def on_device(model: nn.Module, batch: Any) -> Any:
     return tuple(map(move, batch)) if isinstance(batch, (tuple, list)) else move(batch)
 
 
+def parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Of the forward; none where python cannot tell."""
+    try:
+        return inspect.signature(unwrapped(model).forward).parameters
+    except (AttributeError, TypeError, ValueError):
+        return {}
+
+
 def call(model: nn.Module, batch: Any) -> Any:
+    """The model's output. An attention_mask stays with us where the model takes none."""
     if isinstance(batch, Mapping):
+        known = parameters(model) if "attention_mask" in batch else {}
+        if known and "attention_mask" not in known and all(p.kind is not p.VAR_KEYWORD for p in known.values()):
+            batch = {name: value for name, value in batch.items() if name != "attention_mask"}
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+class Mine(threading.local):
+    """Whether this thread is the one that made it; torch.compile reads this, and not threading.get_ident."""
+
+    def __init__(self) -> None:  # in every thread
+        self.here = False
+
+
+def of_this_thread(hook: Callable[..., Any], also: Callable[[], bool] = lambda: False) -> Callable[..., Any]:
+    """The hook for calls in this thread, and in others while `also`: a model may serve while it is measured."""
+    mine = Mine()
+    mine.here = True
+
+    def only(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if mine.here or also() else None
+
+    return only
 
 
 @contextlib.contextmanager

@@ -36,8 +36,9 @@ class Losses:
         self.loss_fn = loss_fn
         self.shifted: bool | None = None
 
-    def __call__(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
-        fields = batch if isinstance(batch, Mapping) else {}
+    def __call__(self, model: nn.Module, batch: Any, fields: Any = None) -> tuple[Tensor, float]:
+        """fields: what the batch says by name (batches.py), where that is more."""
+        fields = next((known for known in (fields, batch) if isinstance(known, Mapping)), {})
         if self.loss_fn is not None:
             refuse_unlabelled(fields, 0)
             found = self.loss_fn(model, batch)

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from ..errors import LoraLiteWarning, some
 from ..sites.layer import Layer, sizes
-from .calls import call, evaluating, on_device
+from .calls import call, evaluating, of_this_thread, on_device
 
 
 class Norms:
@@ -31,7 +31,7 @@ class Norms:
 
         self.outputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         self.behind: dict[str, nn.Module] = {}
-        self.handles = [m.register_forward_pre_hook(self.enter) for m in model.modules() if may_be(m)]
+        self.handles = [m.register_forward_pre_hook(of_this_thread(self.enter)) for m in model.modules() if may_be(m)]
 
     def saw(self, path: str, y: Tensor) -> None:
         if self.handles:
@@ -64,7 +64,7 @@ def norms_behind(model: nn.Module, layers: dict[str, Layer], batch: Any) -> dict
     norms = Norms(model, layers.values())
 
     def watch(path: str) -> Any:
-        return lambda layer, args, y: norms.saw(path, y)
+        return of_this_thread(lambda layer, args, y: norms.saw(path, y))
 
     hooks = [layer.register_forward_hook(watch(path)) for path, layer in layers.items()]
     try:

@@ -4,7 +4,6 @@ Whether a model's positions follow its attention_mask is measured, on one row: a
 that count the tokens which the mask keeps. Nothing is done where no row begins with padding.
 """
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,31 +12,40 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLiteWarning
-from .calls import call, field
+from .calls import call, field, parameters
 from .tokens import leading
 
 CLOSE = 1e-2  # of the largest output: beyond what low precision makes of other places of the same numbers
 
 
 class Positions:
-    """Made for one measurement: `complete` gives each batch the position_ids that it needs."""
+    """Made for one measurement: `complete` gives each batch the position_ids that it needs.
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    bound: whether batches may be called by name instead of by position
+    """
+
+    def __init__(self, model: nn.Module, bound: bool = True):
+        self.model, self.bound = model, bound
         self.needed: bool | None = None
 
     @torch.no_grad()
-    def complete(self, batch: Any) -> Any:
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or "position_ids" in batch or not behind(mask).any():
-            return batch
+    def complete(self, given: Any, batch: Any, mask: Any) -> Any:
+        """The batch as `given`, or its named values with position_ids."""
+        if (
+            not isinstance(batch, Mapping)
+            or not isinstance(mask, Tensor)
+            or mask.ndim != 2
+            or "position_ids" in batch
+            or not behind(mask).any()
+        ):
+            return given
         words = next((name for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None), None)
         if words is None or batch[words].shape[:2] != mask.shape:
-            return batch
-        taken = "position_ids" in inspect.signature(self.model.forward).parameters
+            return given
+        taken = "position_ids" in parameters(self.model) and (self.bound or given is batch)
         if self.needed is None:
             self.needed = self.measured(batch, mask, taken)
-        return {**batch, "position_ids": counted(mask)} if self.needed else batch
+        return {**batch, "position_ids": counted(mask)} if self.needed else given
 
     def measured(self, batch: Mapping[str, Any], mask: Tensor, taken: bool) -> bool:
         """Whether position_ids make the output behind padding that of the row alone, which it is not without them."""

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.here import checkpoints
 from ..errors import LoraLiteError, some
+from ..mathematics.maps import is_finite
 from ..mathematics.spectrum import MOST_ROWS
 from ..sites.layer import Layer
 from .calls import full_precision
 from .enough import TooLittleData
 from .scopes import Scopes
 from .statistics import APART, Request
+from .tokens import as_rows
 
 
 class Recorder:
@@ -57,6 +60,13 @@ class Recorder:
             raise unsteady(path, found if found != path else self.leaders[path])
         return found
 
+    def hook(self, path: str, layer: Layer, module: Any, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
+        return self.observe(path, layer, args, kwargs, y)
+
+    def repeats(self) -> bool:
+        """Whether this call is one that checkpointing repeats, which autograd may do in a thread of its own."""
+        return self.again and checkpoints()[1] is not None
+
     def observe(self, path: str, layer: Layer, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         """Forward hook of one layer; for wgrad it returns the output that carries the gradient."""
         if self.idle:
@@ -65,7 +75,7 @@ class Recorder:
         self.saw(path, y)
         if not self.again:
             leader = self.leader(path, x)
-            if x.shape[-1] <= y.shape[-1]:
+            if x.size(-1) <= y.size(-1):
                 self.wide.setdefault(leader, path)
             self.holders.setdefault(path, self.wide.get(leader))
         kept: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
@@ -101,7 +111,7 @@ class Recorder:
         """x and y - b of the tokens that count, (n, i) and (n, o), in float32 or better, and which those are (None: all)."""
         index = self.scopes.index(path, x, position, self.again)
         wide = torch.promote_types(torch.float32, x.dtype)
-        kept, seen = (z.detach().reshape(-1, z.shape[-1]) for z in (x, y))
+        kept, seen = (as_rows(z.detach()) for z in (x, y))
         kept, seen = ((z if index is None else z[index]).to(wide) for z in (kept, seen))
         seen = seen if layer.bias is None else seen - layer.bias.detach().to(wide)
         unit = kept.max().abs() if position == "call" and len(kept) else 1
@@ -119,7 +129,7 @@ class Recorder:
         start = y if y.requires_grad else y.detach().requires_grad_(True)
 
         def observe(delta: Tensor) -> None:
-            d = delta.reshape(-1, delta.shape[-1])
+            d = as_rows(delta)
             d = (d if index is None else d[index]).to(kept.dtype)
             if not d.isfinite().all():
                 raise LoraLiteError(
@@ -134,6 +144,12 @@ class Recorder:
         return start.clone()  # a model that writes into the output would take the hook off it
 
     def add(self, name: str, path: str, value: Tensor) -> None:
+        if not is_finite(value):
+            raise LoraLiteError(
+                f"{path}: its sums over the calibration data ({name}) overflow {str(value.dtype).removeprefix('torch.')}.",
+                expected="Inputs and outputs of the layer whose squares stay below 3e38.",
+                fix="model.double()  # with batches in float64; or look for outliers in this batch",
+            )
         sums = self.sums[name]
         if path not in sums:
             sums[path] = torch.zeros_like(value, dtype=torch.float64)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraLiteError
+from .calls import of_this_thread
 from .gathered import hashes, match, ranked
 from .tokens import BESIDE, NOWHERE, OWN, Stream, follows, last_of, leading, streams, tensors, whole
 
@@ -43,13 +44,14 @@ class Scopes:
         around.update({path: None for paths in self.beside.values() for path in paths})
         self.handles = [
             modules[path].register_forward_pre_hook(
-                lambda _, args, kwargs, path=path: self.enter(path, args, kwargs), with_kwargs=True
+                of_this_thread(lambda _, args, kwargs, path=path: self.enter(path, args, kwargs)), with_kwargs=True
             )
             for path in around
             if path in modules
         ]
         if self.encoder:
-            self.handles.append(modules[self.encoder].register_forward_hook(lambda _, args, out: self.leave(out)))
+            left = of_this_thread(lambda _, args, output: self.leave(output))
+            self.handles.append(modules[self.encoder].register_forward_hook(left))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -109,11 +111,22 @@ class Scopes:
         """Which of the flattened tokens of x count, (n,); None: all. `again`: the call repeats one of this batch."""
         if not self.active:
             return None
+        if x.is_nested:
+            return self.nested(x, position)
         last = (path, position, x.shape)
         if not again or last not in self.known:
             self.known[last] = self.rows(path, x, position)
         index = self.known[last]
         return None if len(index) == x.shape[:-1].numel() else index
+
+    def nested(self, x: Tensor, position: str) -> Tensor | None:
+        """Which of the rows of a nested tensor count: its parts are the tokens of each sample, without padding."""
+        lengths = torch.tensor([len(part) for part in x.unbind()], device=x.device)
+        held = torch.arange(int(lengths.max()), device=x.device) < lengths[:, None]
+        labels = self.streams["source"].counted(position) if position == "labels" else None
+        if labels is not None and labels.ndim == 2 and len(labels) == len(held) and labels.shape[1] >= held.shape[1]:
+            return labels.to(x.device)[:, : held.shape[1]][held].nonzero()[:, 0]
+        return last_of(held)[held].nonzero()[:, 0] if position == "last" else None
 
     def rows(self, path: str, x: Tensor, position: str) -> Tensor:
         stream, lead = self.stream(path, x), x.shape[:-1]
@@ -199,7 +212,7 @@ def misfit(path: str, x: Tensor, expected: str) -> LoraLiteError:
     return LoraLiteError(
         f"{path} sees activations of shape {tuple(x.shape)}.",
         expected=expected,
-        fix=f'exclude=("{path}",)  # or batches without {what}',
+        fix=f'exclude=("{path}",)  # or {what} of shape (samples, tokens) in the batches',
     )
 
 

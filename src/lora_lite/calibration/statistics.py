@@ -33,6 +33,7 @@ batches, "negative": batches}. Example: "y_sum/last:positive". scopes.py says wh
 receive the same tensor hold one sum of their inputs together.
 """
 
+import difflib
 import functools
 import math
 import re
@@ -42,7 +43,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import LoraLiteError, closest
+from ..errors import LoraLiteError, closest, some
 from ..sites.layer import Layer, dense_weight
 
 LABELS = ("positive", "negative")
@@ -170,6 +171,7 @@ def labelled(data: Any) -> dict[str | None, Iterable[Any]]:
                 )
         parts: dict[str | None, Any] = dict(data)
     else:
+        refuse_other_labels(data)
         parts = {None: data}
     for label, batches in parts.items():
         if isinstance(batches, (Mapping, Tensor)) or not isinstance(batches, Iterable):
@@ -179,3 +181,29 @@ def labelled(data: Any) -> dict[str | None, Iterable[Any]]:
                 fix="calibration_data=[batch]",
             )
     return parts
+
+
+def refuse_other_labels(data: Any) -> None:
+    """Raise LoraLiteError for batches under keys that are no labels, as the values of one batch are not batches."""
+
+    def are_batches(values: Any) -> bool:
+        if isinstance(values, (Tensor, str, Mapping)) or not isinstance(values, Iterable):
+            return False
+        if not isinstance(values, (list, tuple)):
+            return True  # a loader
+        first = next(iter(values), None)
+        return isinstance(first, (Tensor, Mapping)) or (isinstance(first, tuple) and any(isinstance(t, Tensor) for t in first))
+
+    def nearer(key: Any) -> float:
+        positive, negative = (difflib.SequenceMatcher(None, str(key).lower(), label).ratio() for label in LABELS)
+        return positive - negative
+
+    if not isinstance(data, Mapping) or len(data) < 2:
+        return
+    if any(key in LABELS for key in data) or all(are_batches(values) for values in data.values()):
+        one, *_, other = sorted(data, key=nearer, reverse=True)
+        raise LoraLiteError(
+            f"Calibration data has the classes {some(map(repr, data))}.",
+            expected="A contrast has the classes 'positive' and 'negative'.",
+            fix=f'calibration_data={{"positive": data[{one!r}], "negative": data[{other!r}]}}',
+        )

@@ -135,6 +135,11 @@ def last_of(mask: Tensor) -> Tensor:
     return mask & (position == torch.where(mask, position, -1).amax(-1, keepdim=True))
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """All tokens as rows (n, d); of a nested tensor those of its parts in turn."""
+    return torch.cat(tensor.unbind()) if tensor.is_nested else tensor.reshape(-1, tensor.shape[-1])
+
+
 def whole(shape: torch.Size, device: torch.device) -> Tensor:
     """The mask that keeps every token; of rows that are no sequences each is one of its own."""
     return torch.ones(shape if len(shape) > 1 else (*shape, 1), dtype=torch.bool, device=device)
