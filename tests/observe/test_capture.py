@@ -1,6 +1,7 @@
 """ll.capture: what it records under eager, checkpointing, autocast and compile, and that the model is as it was."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -317,3 +318,43 @@ def test_hidden_states_of_an_encoder_need_its_mask_by_name():
     with torch.no_grad(), ll.capture(model, O.L1(), layers=layers, mask=MASK) as seen:
         model(**batch)
     assert float(O.L1().value(seen)) == pytest.approx(float(seen.hidden[0][MASK.bool()].abs().mean()))
+
+
+@pytest.mark.parametrize(("objective", "layers"), [(EVERYTHING, None), (O.L1(weight=1), (0, "model.norm"))])
+def test_passes_of_other_threads_are_not_recorded(objective, layers):
+    """Another thread calls the model before, after and between any two modules of the pass that is recorded."""
+    model, me, served = adapted(), threading.get_ident(), []
+
+    def serve(*_):
+        if threading.get_ident() == me:
+            thread = threading.Thread(target=lambda: served.append(model(input_ids=IDS[:1, :4]).logits))
+            thread.start()
+            thread.join()
+
+    want = trained(model, objective, layers=layers)
+    handles = [module.register_forward_pre_hook(serve, prepend=True) for module in model.modules()]
+    with torch.no_grad(), ll.capture(model, objective.needs | {"mask"}, layers=layers) as seen:
+        serve()
+        model(input_ids=IDS, attention_mask=MASK)
+        serve()
+    got = trained(model, objective, layers=layers)
+    for handle in handles:
+        handle.remove()
+    assert len(served) > 20
+    assert got[0] == want[0]
+    assert all(torch.equal(got[1][key], want[1][key]) for key in want[1])
+    assert torch.equal(seen.mask, MASK.bool())
+    assert [h.shape[:2] for h in seen.hidden] == [IDS.shape] * (1 if layers is None else 2)
+
+
+def test_a_compiled_model_is_recorded_in_the_thread_of_the_block_alone():
+    model, x, outputs = toy.one(), toy.inputs(2, 3, 24), []
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), ll.capture(model, {"hidden"}, layers="o_proj", accumulate=True) as seen:
+        for _ in range(2):
+            compiled(x)
+            thread = threading.Thread(target=lambda: outputs.append(compiled(x)))
+            thread.start()
+            thread.join()
+    assert [len(forward.hidden) for forward in seen.forwards] == [1, 1]
+    assert len(outputs) == 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..calibration.calls import ambient
+from ..calibration.calls import ambient, of_this_thread
 from ..core import finding
 from ..core.coefficients import disabled
 from ..errors import LoraLiteError, closest, some
@@ -46,9 +46,10 @@ def capture(
     accumulate  more than one forward pass; objectives are means over them
 
     Call `backward` after the block. Autocast, non-reentrant checkpointing and torch.compile (which compiles once more for the
-    block, without a graph break) are fine. Raises LoraLiteError, naming the objective, for reentrant checkpointing, attention
-    maps of a model that calls no scaled_dot_product_attention, hidden states of a model without an output head, a mask that
-    does not fit, no forward pass or a second one, and for adapters that are merged or whose hooks are gone.
+    block, without a graph break) are fine, and what other threads call is not recorded. Raises LoraLiteError, naming the
+    objective, for reentrant checkpointing, attention maps of a model that calls no scaled_dot_product_attention, hidden states
+    of a model without an output head, a mask that does not fit, no forward pass or a second one, and for adapters that are
+    merged or whose hooks are gone.
     """
     asked = askers(objective)
     root = unwrapped(model)
@@ -95,16 +96,17 @@ class Recorder:
         self.resting = False
         self.before = 0
         self.handles: Handles = [
-            root.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
-            root.register_forward_hook(self.leave),
+            root.register_forward_pre_hook(of_this_thread(self.enter), with_kwargs=True, prepend=True),
+            root.register_forward_hook(of_this_thread(self.leave)),
         ]
 
     def watch(self, places: dict[str, tuple[nn.Module, bool]]) -> None:
         for module, of_input in places.values():
             if of_input:
-                self.handles.append(module.register_forward_pre_hook(self.input_of, with_kwargs=True, prepend=True))
+                read = of_this_thread(self.input_of)
+                self.handles.append(module.register_forward_pre_hook(read, with_kwargs=True, prepend=True))
             else:
-                self.handles.append(module.register_forward_hook(self.output_of))
+                self.handles.append(module.register_forward_hook(of_this_thread(self.output_of)))
 
     def remove(self) -> None:
         for handle in self.handles:
