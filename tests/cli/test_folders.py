@@ -1,5 +1,7 @@
 """python -m lora_lite export, import, merge and inspect, on model folders that transformers wrote."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -88,6 +90,48 @@ def test_merge_writes_a_model_that_needs_no_adapter(adapter, base, place, tmp_pa
     assert distance(logits(merged), want[adapter.partition(".")[0]]) < TOLERANCE
     assert (tmp_path / "merged" / "tokenizer.json").exists() == (here / base / "tokenizer.json").exists()
     assert merged.dtype == torch.float32
+
+
+def test_merge_follows_no_link_out_of_the_base(place, tmp_path, monkeypatch, capsys):
+    here, _ = place
+    (tmp_path / "secret").write_text("secret")
+    shutil.copytree(here / "base", tmp_path / "base")
+    (tmp_path / "base" / "notes.txt").symlink_to(tmp_path / "secret")
+    code, _, err = run(monkeypatch, capsys, "merge", here / "a.safetensors", tmp_path / "new", "--base", tmp_path / "base")
+    assert code == 2
+    assert "notes.txt is a link to" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "secret"]
+
+
+def test_merge_follows_links_to_the_blobs_of_a_hub_cache(place, tmp_path, monkeypatch, capsys):
+    here, want = place
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
+    shutil.copytree(here / "base", snapshot)
+    blobs.mkdir()
+    for n, file in enumerate(list(snapshot.iterdir())):
+        file.rename(blobs / f"{n}")
+        file.symlink_to(Path("..") / ".." / "blobs" / f"{n}")
+    code, _, err = run(monkeypatch, capsys, "merge", here / "a.safetensors", tmp_path / "new", "--base", snapshot)
+    assert (code, err) == (0, "")
+    assert (tmp_path / "new" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "new" / "tokenizer.json").is_symlink()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()
+    assert distance(logits(merged), want["a"]) < TOLERANCE
+
+
+def test_merge_runs_no_code_of_the_base(place, tmp_path, monkeypatch, capsys):
+    """Not even where the terminal would be asked, and answered yes."""
+    here, _ = place
+    shutil.copytree(here / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "base" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    code, _, err = run(monkeypatch, capsys, "merge", here / "a.safetensors", tmp_path / "new", "--base", tmp_path / "base")
+    assert code == 2
+    assert "transformers cannot load" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
 
 
 def test_merge_keeps_the_dtype_of_the_base(place, tmp_path, monkeypatch, capsys):

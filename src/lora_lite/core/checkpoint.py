@@ -136,7 +136,8 @@ def contents(path: str | Path) -> Contents:
     try:
         return (format4 if version > 3 else earlier)(path, version, header, tensors)
     except ValueError as error:
-        raise damaged(path, str(error).rstrip(".")) from error
+        named = isinstance(error, LoraLiteError) and str(error).startswith(str(path))
+        raise error if named else damaged(path, str(error).rstrip(".")) from error
 
 
 def damaged(path: str | Path, why: str) -> LoraLiteError:

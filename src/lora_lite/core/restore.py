@@ -1,7 +1,8 @@
 """A file's or a snapshot's tensors into built adapters: by name, strictly, nothing drawn but what the file says to draw."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +19,15 @@ from ..sites.layer import Layer, is_linear, sizes
 from .fingerprint import digest
 
 MOST_DRAWN = 2**27  # numbers of a shared tensor that a file may leave out
+
+
+@contextlib.contextmanager
+def of_file(path: str | Path) -> Iterator[None]:
+    """LoraLiteErrors of the block begin with the file whose content they are about."""
+    try:
+        yield
+    except LoraLiteError as error:
+        raise error if str(error).startswith(str(path)) else LoraLiteError(f"{path}: {error}") from error
 
 
 def layers_of(model: nn.Module, path: str | Path, wanted: list[str]) -> dict[str, Layer]:

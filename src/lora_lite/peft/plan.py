@@ -13,6 +13,7 @@ from ..contract.config import AdapterConfig
 from ..contract.matching import Budget
 from ..contract.pattern import exactly
 from ..contract.strict import shown
+from ..core.restore import of_file
 from ..core.selection import find_targets
 from ..errors import LoraLiteError, LoraLiteWarning, closest, some
 from ..sites.layer import Layer, sizes
@@ -75,7 +76,8 @@ def plan(model: nn.Module, folder: Path, options: Options, tensors: dict[str, Te
             continue
         chosen = {path: stored[path] for path in mine} | ({"": stored[""]} if "" in stored else {})
         cls = registry.get(variant)
-        cfg = config(cls, layout, options, chosen, mine, ranks)
+        with of_file(folder):
+            cfg = config(cls, layout, options, chosen, mine, ranks)
         targets = find_targets(model, cfg)
         parts.append(Part(layout, cls, cfg, targets, layout.prepare(options, chosen, widths), alphas))
     return parts
