@@ -1,8 +1,4 @@
-"""Limits that `param_specs` checks before anything is allocated; the core adds the layer's path to each error. And of data."""
-
-from collections.abc import Mapping
-
-from torch import Tensor
+"""Limits that `param_specs` checks before anything is allocated; the core adds the layer's path to each error."""
 
 from ..errors import LoraLiteError
 
@@ -44,15 +40,3 @@ def refuse_indivisible(name: str, block: int, width: int) -> None:
 def largest_divisor(width: int, most: int) -> int:
     """The largest divisor of `width` that is at most `most`: a default block size that fits every layer."""
     return max(b for b in range(1, min(width, most) + 1) if width % b == 0)
-
-
-def summed(stats: Mapping[str, Mapping[str, Tensor]], name: str, path: str) -> Tensor:
-    """The sum of that name at `path`. Raises where it is not finite: its products of one batch overflowed."""
-    total = stats[name][path]
-    if not total.isfinite().all():
-        raise LoraLiteError(
-            f"{path}: the sums over the calibration data ({name}) overflow float32.",
-            expected="Inputs and outputs of the layer whose squares stay below 3e38.",
-            fix="model.double()  # with batches in float64",
-        )
-    return total

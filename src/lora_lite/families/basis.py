@@ -14,7 +14,6 @@ import torch
 from ..calibration.enough import TooLittleData, require_tokens
 from ..calibration.statistics import EITHER, LABELS, Stats
 from ..contract.annotations import Any, Float, Tensor
-from ..contract.limits import summed
 from ..errors import LoraLiteWarning, some
 from ..mathematics.maps import binade, length
 from ..mathematics.spectrum import left_svd
@@ -47,7 +46,7 @@ def basis(cfg: Any, stats: Stats, path: str, W: Float[Tensor, "o i"]) -> Float[T
 def channel_scale(cfg: Any, stats: Stats, path: str, like: Tensor) -> Float[Tensor, " i"]:
     """q of "asvd": (mean |x_j|)^asvd_alpha or, with asvd_stat="rms", (mean x_j^2)^(asvd_alpha / 2)."""
     name = "x_abs" if cfg.asvd_stat == "abs_mean" else "x_sq"
-    mean = (summed(stats, name, path) / stats["n"][path]).to(like)
+    mean = (stats[name][path] / stats["n"][path]).to(like)
     mean = mean if name == "x_abs" else mean.sqrt()
     q = mean**cfg.asvd_alpha
     q = q / binade(q)  # U is that of any multiple of q
@@ -63,7 +62,7 @@ def scores(cfg: Any, stats: Stats, path: str, U: Float[Tensor, "o k"]) -> Float[
 
 def moment(stats: Stats, name: str, path: str, like: Tensor) -> Tensor:
     """A sum of products in the dtype of `like`, of which it may take a power of two to be in its range."""
-    total = summed(stats, name, path)
+    total = stats[name][path]
     return (total / binade(total)).to(like)
 
 
@@ -114,7 +113,7 @@ def contrast(cfg: Any, stats: Stats, path: str, like: Tensor) -> Float[Tensor, "
 
 def difference(cfg: Any, stats: Stats, path: str) -> tuple[Float[Tensor, " o"], Float[Tensor, " o"]]:
     """m and the root mean square of each channel, in float64."""
-    positive, negative, n_positive, n_negative, *squares = (summed(stats, name, path) for name in contrast_names(cfg))
+    positive, negative, n_positive, n_negative, *squares = (stats[name][path] for name in contrast_names(cfg))
     means = positive / n_positive, negative / n_negative
     size = ((squares[0] / n_positive + squares[1] / n_negative) / 2).sqrt()
     least = ((means[0].square() + means[1].square()) / 2).sqrt()  # of numbers whose squares in float32 are 0

@@ -15,7 +15,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..calibration.enough import require_rank, resolved
 from ..calibration.statistics import Stats
-from ..contract.limits import summed
 from ..mathematics.spectrum import congruent, gram, left_svd, top_eigenvectors
 
 MOMENTS = {"sqrt": "x_moment|y_moment", "full": "x_moment|yx_moment"}
@@ -49,7 +48,7 @@ def oriented_left_svd(
     if metric == "plain":
         return left_svd(W, r, smallest=smallest)
     *_, count, trace, moment = required(metric, call_norm)
-    n, trace, M = (summed(stats, name, path).to(W.device) for name in (count, trace, moment))
+    n, trace, M = (stats[name][path].to(W.device) for name in (count, trace, moment))
     o, i = W.shape
     delta = float(damp * trace / n / i)
     if metric == "full" and not smallest:

@@ -13,7 +13,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..calibration.enough import require_rank, require_tokens, resolved
 from ..calibration.statistics import Stats, sketch_matrix
-from ..contract.limits import summed
 from ..mathematics.spectrum import nystrom, top_eigenvectors
 
 
@@ -37,7 +36,7 @@ def principal(names: tuple[str, ...], stats: Stats, path: str, count: int, cente
     Raises LoraLiteError for fewer tokens than directions.
     """
     n = require_tokens(stats, path, count, f"{count} principal directions", names[0])
-    trace, total, S = (summed(stats, name, path) for name in names[1:])
+    trace, total, S = (stats[name][path] for name in names[1:])
     known = stats.setdefault("principal", WeakTensorKeyDictionary())  # type: ignore[attr-defined]
     if S not in known or len(known[S][1]) < count:
         mean = total / n if center else torch.zeros_like(total)

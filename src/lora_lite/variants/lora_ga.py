@@ -23,7 +23,6 @@ from dataclasses import field
 from ..calibration import Loss, require_tokens
 from ..contract import Specs, dataclass, register
 from ..contract.annotations import Any, Literal
-from ..contract.limits import summed
 from ..families.twin import Twin, TwinConfig
 from ..mathematics import left_svd, orth
 
@@ -68,7 +67,7 @@ class LoRAGA(Twin):
     @staticmethod
     def group_init(adapters: Any, stats: Any, cfg: Any) -> None:
         for path, a in adapters.items():
-            r, G = a.cfg.r, summed(stats, "wgrad", path)
+            r, G = a.cfg.r, stats["wgrad"][path]
             require_tokens(stats, path, 2 * r, "2 r singular vectors of the gradient")
             U, S = left_svd(G, 2 * r, "auto")
             V = orth(G.T @ U)  # V S, up to signs; they do not matter, as A0 and B0 have no triple in common
