@@ -8,21 +8,17 @@ from pathlib import Path
 from torch import nn
 
 from ..contract import registry
-from ..contract.adapter import Adapter
 from ..contract.attachment import Lineage
-from ..contract.config import AdapterConfig
-from ..contract.matching import Budget, search
-from ..contract.pattern import REGULAR
 from ..errors import LoraLiteError, LoraLiteWarning, closest, some
-from ..sites.layer import Layer
 from ..sites.model import linears, unwrapped
 from .atomic import atomic
 from .checkpoint import Contents, Stored, contents
 from .fingerprint import refuse_other_base
 from .handle import Attached, AttachedSet
-from .install import build_all, configs_of, install, refuse_name, refuse_unready
+from .install import build_all, install, refuse_name, refuse_unready
 from .quiet import quiet
-from .restore import declared, layers_of, redrawn, refuse_misfit, restore
+from .ranks import configs_in
+from .restore import layers_of, of_file, redrawn, refuse_misfit, restore
 from .untouched import combined, samples
 
 
@@ -55,8 +51,9 @@ def load(
     prepared = []
     for called, stored in chosen.items():
         moved = {place: renamed_path(place, dict(paths or {})) for place in stored.layers}
-        cls = registry.get(stored.variant)
-        cfg = cls.Config.from_file(stored.config, stored.prefix)
+        with of_file(path):
+            cls = registry.get(stored.variant)
+            cfg = cls.Config.from_file(stored.config, stored.prefix)
         if absent := cls.Config.__dataclass_fields__.keys() - cls.Config.before().keys() - json.loads(stored.config).keys():
             raise LoraLiteError(
                 f"{path} leaves out {some(sorted(absent))} of {cls.Config.__name__}.",
@@ -68,7 +65,8 @@ def load(
         if strict_base:
             refuse_other_base(path, targets, {moved[place]: file.base[place] for place in moved}, file.version)
         tensors = {renamed_key(key, moved): tensor for key, tensor in stored.tensors.items()}
-        configs = {moved[old]: config_at(cls, cfg, stored, old, targets[moved[old]]) for old in stored.layers}
+        with of_file(path):
+            configs = configs_in(path, cls, cfg, stored, moved, targets)
         refuse_misfit(path, cls, targets, configs, tensors, stored.drawn)
         adapters = build_all(cls, targets, configs)
         restore(path, adapters, tensors, redrawn(path, adapters, cfg.seed, stored.drawn))
@@ -116,51 +114,6 @@ def renamed_path(place: str, paths: dict[str, str]) -> str:
 def renamed_key(key: str, moved: dict[str, str]) -> str:
     place, _, tensor = key.rpartition(".")
     return f"{moved.get(place, place)}.{tensor}" if place or not moved else f"{moved.get('', '')}.{tensor}".lstrip(".")
-
-
-def config_at(cls: type[Adapter], cfg: AdapterConfig, stored: Stored, place: str, layer: Layer) -> AdapterConfig:
-    """The config of one layer. Where the file is older than places: the first that declares the tensors which it has there."""
-    said = stored.layers[place]
-    if said is not None:
-        return configs_of(cfg, {place: said}, [place])[place]
-    possible = cfg.possible_at(place)
-    own = {key.rpartition(".")[2]: tensor for key, tensor in stored.tensors.items() if key.rpartition(".")[0] == place}
-    shapes = {key: tuple(tensor.shape) for key, tensor in cls.upgraded(own).items()}
-    fitting = [config for config in possible if shapes_of(cls, config, place, layer) == shapes] or possible[:1]
-    if len({config.s for config in fitting}) > 1:  # layers so narrow that several ranks have the same tensors
-        fitting = [config for config in fitting if config.r == told_rank(cfg, place)] or fitting
-    return fitting[0]
-
-
-def told_rank(cfg: AdapterConfig, place: str) -> int:
-    """The rank that an old file's patterns give a layer. Raises LoraLiteError for one that is not matched in a few steps."""
-    budget, found = Budget(), {0: {cfg.r}}
-    for pattern, rank in cfg.rank_pattern.items():
-        try:
-            if search(pattern.removeprefix(REGULAR), place, budget):
-                found.setdefault(len(pattern), set()).add(rank)
-        except LoraLiteError as error:
-            raise LoraLiteError(
-                f"{place}: its rank cannot be told from its tensors, and {pattern!r} of rank_pattern is not searched.",
-                expected="In files of formats 1 to 3: expressions without flags and references.",
-                fix="ll.save(model, path)  # with the version that trained it, after a rank_pattern without them",
-            ) from error
-    if len(told := found[max(found)]) > 1:
-        raise LoraLiteError(
-            f"{place} fits patterns of rank_pattern that are equally long and give it ranks {some(map(str, sorted(told)))}.",
-            expected="One longest pattern for a layer.",
-            fix="ll.save(model, path)  # with the version that trained it, after a rank_pattern without them",
-        )
-    return told.pop()
-
-
-def shapes_of(cls: type[Adapter], cfg: AdapterConfig, place: str, layer: Layer) -> dict[str, tuple[int, ...]] | None:
-    """{name: shape} of a layer's own tensors; None for a config that it cannot have."""
-    try:
-        specs = declared("", cls, place, layer, cfg)
-    except LoraLiteError:
-        return None
-    return {name: tuple(spec.shape) for name, spec in specs.items() if not spec.shared}
 
 
 def warn_other_rest(model: nn.Module, path: str | Path, file: Contents) -> None:
