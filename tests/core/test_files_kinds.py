@@ -226,10 +226,43 @@ def test_weights_that_were_written_to_beside_the_adapter_are_named(tmp_path):
         handle.save(tmp_path / "a")
     with pytest.warns(ll.LoraLiteWarning, match=r"does not hold embeddings\.word_embeddings\.weight of the base"):
         ll.snapshot(model)
-    model.to(torch.bfloat16)  # rounding is no edit
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ll.LoraLiteWarning)
+    with pytest.warns(ll.LoraLiteWarning, match="word_embeddings.weight of the base were trained or written to"):
+        handle.detach()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["embeddings.word_embeddings", "encoder.layer.0.attention.self.query"])
+def test_one_row_that_was_trained_and_frozen_again_is_named(place, tmp_path):
+    """Of the layer under the adapter as well, and with numbers that no sample meets."""
+    model = toy.seeded(lambda: T.BertModel(T.BertConfig(**BERT)).eval())
+    handle = ll.attach(model, ll.config("lora", r=2, targets=("query",)))
+    weight = model.get_submodule(place).weight
+    weight.requires_grad_(True)[1, 3] += 1
+    weight.requires_grad_(False)
+    with pytest.warns(ll.LoraLiteWarning, match=rf"does not hold {place}\.weight of the base"):
+        handle.save(tmp_path / "a")
+    with pytest.warns(ll.LoraLiteWarning, match=rf"{place}\.weight of the base were trained or written to"):
+        handle.detach()
+
+
+def test_a_cast_is_no_edit():
+    model = toy.seeded(lambda: T.BertModel(T.BertConfig(**BERT)).eval())
+    with ll.attach(model, ll.config("lora", r=2, targets=("query",))):
+        model.to(torch.bfloat16)
         ll.snapshot(model)
+        ll.merge(model)
+        ll.unmerge(model)
+
+
+def test_weights_that_were_loaded_while_an_adapter_was_merged_are_lost_and_it_is_said():
+    model, other = toy.toy(), toy.seeded(toy.Toy, 1).eval()
+    handle = toy.perturb(ll.attach(model, ll.config("lora", r=2)))
+    ll.merge(model)
+    with torch.no_grad():
+        for path in handle.layers:
+            model.get_submodule(path).weight.copy_(other.get_submodule(path).weight)
+    with pytest.warns(ll.LoraLiteWarning, match=r"merged weights of blocks\.0.* were written to or exchanged since ll\.merge"):
+        ll.unmerge(model)
 
 
 def test_the_repair_keeps_all_of_many_weights(tmp_path, monkeypatch):

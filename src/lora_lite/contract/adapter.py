@@ -15,7 +15,7 @@ from .config import AdapterConfig
 from .here import HERE, Setting, setting
 from .method import Method
 from .shared import Shared, leading
-from .spec import ParamSpec, drawn
+from .spec import ParamSpec, drawn, refuse_declaration
 
 
 class Adapter(Method):
@@ -32,7 +32,7 @@ class Adapter(Method):
     common: float | Tensor | None  # the coefficient of all layers, where `scale` by groups multiplies it
     fired: bool
     hung_as: str  # its name as a child of the layer
-    path: str  # of its layer, seen from the module that was attached to
+    path: str  # of its layer from the module that was attached to
     group: Group
     original: Original | None  # while merged
     handles: list[torch.utils.hooks.RemovableHandle]
@@ -50,17 +50,9 @@ class Adapter(Method):
             fired=False, path="", hung_as="", group=NOWHERE, original=None, handles=[], shared={}, report={},
             input_place=(0, "input"), behind_router=False, batch_leads=False,
         )  # fmt: skip
-        if not cfg.dtype.is_floating_point:
-            raise LoraLiteError(f"dtype={cfg.dtype} cannot be trained.", expected="A float.", fix="dtype=torch.float32")
+        refuse_declaration(self, self.specs())
         for name, spec in self.specs().items():
-            if hasattr(type(self), name) or name in vars(self):
-                raise LoraLiteError(
-                    f"{type(self).__name__} declares a tensor {name!r}.",
-                    expected="A tensor's name must not be an attribute that Adapter already has.",
-                    fix=f'{{"{name}_": ParamSpec(...)}}',
-                )
-            frozen_matrix = not spec.trainable and len(spec.shape) > 1
-            dtype = (matrix_dtype if frozen_matrix else None) or cfg.dtype
+            dtype = (matrix_dtype if not spec.trainable and len(spec.shape) > 1 else None) or cfg.dtype
             tensor = torch.empty((0,) if spec.shared else spec.shape, dtype=dtype, device=device)
             if spec.trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
@@ -163,7 +155,7 @@ class Adapter(Method):
 
     @property
     def values(self) -> Tensor | None:
-        """The distinct numbers of the coefficient tensor of this call, where it is one that is not trained."""
+        """Its distinct numbers, where it is a tensor that is not trained."""
         return setting(self).values
 
     def take(self, new: Setting, common: float | Tensor | None = None) -> None:
@@ -182,8 +174,8 @@ class Adapter(Method):
         return replica
 
     def input_hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        own = self if kwargs is not None and layer._modules.get(self.hung_as) is self else self.standing_on(layer, kwargs)
-        return own.changed_input(layer, args, kwargs or {})
+        stands = kwargs is not None and layer._modules.get(self.hung_as) is self
+        return (self if stands else self.standing_on(layer, kwargs)).changed_input(layer, args, kwargs or {})
 
     def changed_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         object.__setattr__(self, "fired", True)

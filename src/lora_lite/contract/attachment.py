@@ -16,11 +16,15 @@ from .config import AdapterConfig
 
 
 class Original(NamedTuple):
-    """What a merge exchanges on a layer; kind is its class, which changes where a packed layer becomes a dense one."""
+    """What a merge exchanges on a layer; kind is its class, which changes where a packed layer becomes a dense one.
+
+    merged  the weight that stands in the place of this one, and its version
+    """
 
     weight: Any
     bias: Any
     kind: type[Layer]
+    merged: tuple[Any, int]
 
 
 @dataclass
@@ -35,13 +39,15 @@ class Lineage:
 class Untouched:
     """The base as the first attach found it, shared by all attaches until the last detach.
 
-    flags    {name: requires_grad} of every parameter       buffers  {name: copy} of every buffer
-    samples  {name: dtype and hash of a sample} of the base model's parameters
+    flags     {name: requires_grad} of every parameter      buffers   {name: copy} of every buffer
+    samples   {name: dtype and hash of a sample} of the base model's parameters
+    versions  {name: (id, version)} of every parameter: what wrote into it since
     """
 
     flags: dict[str, bool] = field(default_factory=dict)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     samples: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass

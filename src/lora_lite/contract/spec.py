@@ -3,7 +3,7 @@
 import contextlib
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,3 +142,15 @@ def drawn(spec: ParamSpec, shape: Shape, *key: object) -> Tensor:
             expected=f"ParamSpec says {shape}.",
         )
     return value
+
+
+def refuse_declaration(adapter: Any, specs: Mapping[str, ParamSpec]) -> None:
+    """Raise LoraLiteError for a dtype that has no gradient and for tensors named as something that an adapter has already."""
+    if not adapter.cfg.dtype.is_floating_point:
+        raise LoraLiteError(f"dtype={adapter.cfg.dtype} cannot be trained.", expected="A float.", fix="dtype=torch.float32")
+    if taken := next((name for name in specs if hasattr(type(adapter), name) or name in vars(adapter)), None):
+        raise LoraLiteError(
+            f"{type(adapter).__name__} declares a tensor {taken!r}.",
+            expected="A tensor's name must not be an attribute that Adapter already has.",
+            fix=f'{{"{taken}_": ParamSpec(...)}}',
+        )

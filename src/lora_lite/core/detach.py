@@ -12,7 +12,7 @@ from . import finding
 from .atomic import changing
 from .merge import put_back
 from .quiet import quiet
-from .untouched import moved_buffers
+from .untouched import moved_buffers, written
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -28,6 +28,13 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     warn_unmerged([found for found in finding.adapters(model) if found.path in layers], leaving)
     last = len(leaving) == len(finding.adapters(model)) > 0
     moved = moved_buffers(model, leaving[0].adapter.group.base) if last else []
+    if last and (names := written(model, leaving[0].adapter.group.base)):
+        warnings.warn(
+            f"{some(names)} of the base were trained or written to beside the adapter, and stay so: detach takes back what the "
+            "adapter changed.",
+            LoraLiteWarning,
+            stacklevel=2,
+        )
     changing(model, [buffer for buffer, _ in moved], lambda: take_off(model, leaving, layers, moved if last else None))
 
 

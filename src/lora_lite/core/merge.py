@@ -3,48 +3,25 @@
 No variant has merge code: W' and b' come from the adapters' own maps on basis vectors (delta.py).
 """
 
-from dataclasses import dataclass
+import warnings
 
 import torch
 from torch import Tensor, nn
 
 from ..contract.adapter import Adapter
 from ..contract.attachment import Original
-from ..errors import LoraLiteError, some
+from ..errors import LoraLiteError, LoraLiteWarning, some
 from ..mathematics.maps import is_finite
 from ..sites.layer import Layer, is_conv1d
 from ..sites.model import unwrapped
-from ..sites.obstacles import tied
+from ..sites.obstacles import computing, tied
 from ..sites.offloaded import REMOVE, is_offloaded
 from ..sites.quantised import is_packed, parts
 from . import finding
 from .atomic import atomic
 from .delta import effective, refuse_nonlinear
 from .quiet import quiet
-
-LISTED = 20  # layers that a report prints
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What rounding to the dtype of the weights lost of each change; prints as a table, the worst layers first.
-
-    lost    {path: |stored - exact| / |exact - base|}, Frobenius norms over weight and bias, against float64
-    dtypes  {path: dtype that the merged weight is stored in}
-    """
-
-    lost: dict[str, float]
-    dtypes: dict[str, torch.dtype]
-
-    @property
-    def worst(self) -> float:
-        return max(self.lost.values(), default=0.0)
-
-    def __str__(self) -> str:
-        rows = sorted(self.lost.items(), key=lambda row: -row[1])
-        lines = [f"  {share:8.2g}  {str(self.dtypes[path]).removeprefix('torch.'):9} {path}" for path, share in rows[:LISTED]]
-        more = [f"  and {len(rows) - LISTED} more"] if len(rows) > LISTED else []
-        return "\n".join([f"{len(rows)} layers merged; share of the change that rounding lost:", *lines, *more])
+from .rounding import MergeReport, refuse_lossy
 
 
 def refuse_unmergeable(found: list[finding.Found]) -> None:
@@ -55,7 +32,7 @@ def refuse_unmergeable(found: list[finding.Found]) -> None:
             raise LoraLiteError(
                 f"The weight of {f.path} is computed, by a parametrization or weight_norm.",
                 expected="Only a weight that is a parameter can be exchanged.",
-                fix='torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")  # before ll.attach',
+                fix=computing(f.layer, f.path),
             )
         if is_offloaded(f.layer):
             raise LoraLiteError(
@@ -175,18 +152,6 @@ def merge(
     return report
 
 
-def refuse_lossy(report: MergeReport, limit: float | None) -> None:
-    if limit is None or report.worst <= limit:
-        return
-    path, above = max(report.lost, key=lambda p: report.lost[p]), [p for p, share in report.lost.items() if share > limit]
-    raise LoraLiteError(
-        f"Rounding to {str(report.dtypes[path]).removeprefix('torch.')} loses {report.lost[path]:.2g} of the change of {path}, "
-        f"and more than limit={limit:g} in {len(above)} of {len(report.lost)} layers.",
-        expected="Weights that hold the change, or the adapter beside them.",
-        fix=f"ll.merge(model.float(), limit={limit:g})",
-    )
-
-
 def refuse_tied(model: nn.Module, chosen: list[finding.Found]) -> None:
     """Raise for layers that share a weight: merged they would hold two, and a file of the model has room for one."""
     shared = tied(model)
@@ -226,11 +191,12 @@ def merged(path: str, layer: Layer, adapters: list[Adapter], dtype: torch.dtype)
 def swap(found: list[finding.Found], weight: Tensor, bias: Tensor | None) -> None:
     """Hang new weight and bias on one layer; its adapters keep the original ones and fall idle."""
     layer = found[0].layer
+    new = nn.Parameter(weight, requires_grad=False)
     for f in found:
-        f.adapter.original = Original(layer.weight, layer.bias, type(layer))
+        f.adapter.original = Original(layer.weight, layer.bias, type(layer), (new, new._version))
     if is_packed(layer) and type(layer).forward is not nn.Linear.forward:
         layer.__class__ = nn.Linear  # the layer's own forward reads packed weights only
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight = new
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)
 
@@ -244,8 +210,25 @@ def unmerge(model: nn.Module) -> None:
 
 def put_back(found: list[finding.Found]) -> None:
     """The original weights of these layers; `found` holds all merged adapters of each of them."""
+    warn_overwritten(found)
     for f in found:
         if f.adapter.original is not None:
             f.layer.__class__ = f.adapter.original.kind
             f.layer.weight, f.layer.bias = f.adapter.original[:2]
             f.adapter.original = None
+
+
+def warn_overwritten(found: list[finding.Found]) -> None:
+    """Warn where somebody wrote into merged weights: what comes back is what stood there before the merge."""
+    lost = [
+        f.path
+        for f in found
+        if (o := f.adapter.original) is not None and (f.layer.weight is not o.merged[0] or o.merged[0]._version != o.merged[1])
+    ]
+    if lost:
+        warnings.warn(
+            f"The merged weights of {some(dict.fromkeys(lost))} were written to or exchanged since ll.merge, which is lost: "
+            "those from before it come back. Load other weights of the base after ll.unmerge(model).",
+            LoraLiteWarning,
+            stacklevel=4,
+        )

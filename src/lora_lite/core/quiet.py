@@ -38,6 +38,21 @@ class Gate:
         self.model, self.owner = model, threading.get_ident()
         self.family = {id(module) for module in model.modules()}
         self.opened, self.held = threading.Event(), set[int]()  # threads that wait at the gate
+        self.mine: Any = False  # whether it is this gate's turn
+        self.handles: list[Any] = []
+
+    def close(self) -> None:
+        """When it is its turn. A line that takes something also says so: any line may be interrupted."""
+        self.mine = turn.acquire()
+        holding.add(self.owner)
+        self.handles.append(register_module_forward_pre_hook(self))
+
+    def open(self) -> None:
+        self.opened.set()
+        for handle in self.handles:
+            handle.remove()
+        holding.discard(self.owner)
+        self.mine = turn.release() if self.mine else None
 
     def related(self, module: Any) -> bool:
         """Whether a module is a part of the model, or has it as a part."""
@@ -100,11 +115,9 @@ def quiet(model: nn.Module, *, inside: bool = False) -> Iterator[None]:
     if gate.owner in holding or len(sys._current_frames()) == 1:
         yield
         return
-    handles: list[Any] = []
-    with turn:
+    try:
         try:
-            holding.add(gate.owner)
-            handles.append(register_module_forward_pre_hook(gate))
+            gate.close()
             deadline = time.monotonic() + PATIENCE
             while gate.busy():
                 if time.monotonic() > deadline:
@@ -116,7 +129,7 @@ def quiet(model: nn.Module, *, inside: bool = False) -> Iterator[None]:
                 time.sleep(0.0005)
             yield
         finally:
-            gate.opened.set()
-            holding.discard(gate.owner)
-            for handle in handles:
-                handle.remove()
+            gate.open()
+    except BaseException:  # also an interruption of the line above
+        gate.open()
+        raise

@@ -33,6 +33,7 @@ def photographed(model: nn.Module) -> Untouched:
         {name: p.requires_grad for name, p in base_tensors(model).items()},
         {name: b.detach().clone() for name, b in base_tensors(model, buffers=True).items()},
         samples(model),
+        {name: (id(p), p._version) for name, p in base_tensors(model).items() if not p.is_inference()},
     )
 
 
@@ -81,6 +82,7 @@ def refuse_moving_statistics(model: nn.Module) -> None:
                 and module.running_mean is not None
             )
             or type(module).__name__ == "_SpectralNorm"
+            or any(type(hook).__name__ == "SpectralNorm" for hook in module._forward_pre_hooks.values())
         )
     ]
     if moving:
@@ -98,12 +100,8 @@ def left_out(model: nn.Module, base: Untouched) -> list[str]:
     no file holds them.
     """
     model = unwrapped(model)
-    adapted = {plain(path).rpartition(".")[0] for path, module in model.named_modules() if isinstance(module, Adapter)}
-    trained = [name for name, p in base_tensors(model).items() if p.requires_grad]
-    for name, said in samples(model, adapted).items():
-        before = base.samples.get(name, said)
-        if said != before and said.split()[0] == before.split()[0] and name not in trained:
-            trained.append(name)
+    asking = [name for name, p in base_tensors(model).items() if p.requires_grad]
+    trained = list(dict.fromkeys([*asking, *written(model, base)]))
     moved = [
         name
         for name, b in base_tensors(model, buffers=True).items()
@@ -112,6 +110,22 @@ def left_out(model: nn.Module, base: Untouched) -> list[str]:
         and name.rpartition(".")[2] not in LAZY
     ]
     return trained + moved
+
+
+def written(model: nn.Module, base: Untouched) -> list[str]:
+    """Names of the base's parameters whose numbers somebody changed since the first attach, also of adapted layers."""
+    own, found = base_tensors(model), []
+    for name, p in own.items():
+        known = base.versions.get(name)
+        if known is not None and known[0] == id(p) and not p.is_inference() and p._version != known[1]:
+            found.append(name)
+    for name, said in samples(model).items():
+        before = base.samples.get(name, said)
+        if said != before and said.split()[0] == before.split()[0] and name not in found:
+            found.append(name)
+        elif said == before and name in found and own[name].numel() <= SAMPLE:
+            found.remove(name)  # written to, with the numbers that it had
+    return found
 
 
 LAZY = ("inv_freq", "cos_cached", "sin_cached", "position_ids")
