@@ -114,13 +114,15 @@ def left_out(model: nn.Module, base: Untouched) -> list[str]:
 
 def written(model: nn.Module, base: Untouched) -> list[str]:
     """Names of the base's parameters whose numbers somebody changed since the first attach, also of adapted layers."""
+    merged = [plain(path) for path, m in model.named_modules() if isinstance(m, Adapter) and m.original is not None]
+    away = tuple(f"{path.rpartition('.')[0]}." for path in merged)
     own, found = base_tensors(model), []
     for name, p in own.items():
         known = base.versions.get(name)
         if known is not None and known[0] == id(p) and not p.is_inference() and p._version != known[1]:
             found.append(name)
     for name, said in samples(model).items():
-        before = base.samples.get(name, said)
+        before = said if name.startswith(away) else base.samples.get(name, said)
         if said != before and said.split()[0] == before.split()[0] and name not in found:
             found.append(name)
         elif said == before and name in found and own[name].numel() <= SAMPLE:
@@ -135,11 +137,13 @@ LAZY = ("inv_freq", "cos_cached", "sin_cached", "position_ids")
 def warn_left_out(model: nn.Module, base: Untouched, what: str) -> None:
     """Warn of trained parameters and moved statistics of the base that `what` does not hold, with a way to keep them."""
     if names := left_out(model, base):
+        adapted = {plain(path).rpartition(".")[0] for path, m in model.named_modules() if isinstance(m, Adapter)}
+        when = "before" if any(name.rpartition(".")[0] in adapted for name in names) else "after"  # load compares those
         few = f"{{k: v for k, v in model.state_dict().items() if k in {set(names)!r}}}"
         warnings.warn(
             f"{what} does not hold {some(names)} of the base, trained or moved beside the adapter. Keep them as well: "
             f"torch.save({few if len(names) <= 12 else 'model.state_dict()'}, 'beside.pt'), and "
-            "model.load_state_dict(torch.load('beside.pt'), strict=False) after ll.load",
+            f"model.load_state_dict(torch.load('beside.pt'), strict=False) {when} ll.load",
             LoraLiteWarning,
             stacklevel=3,
         )
