@@ -1,4 +1,5 @@
-"""The statistics of the layers' inputs and outputs that a variant may ask for by name; measure.py streams them.
+"""The statistics of the layers' inputs and outputs that a variant may ask for by name; measure.py streams them and
+recorder.py adds them up.
 
 A statistic is a sum over kept tokens, accumulated in float64 from float32 (or better) products of one batch:
 
