@@ -50,6 +50,19 @@ def test_page_names_tests_that_exist_and_a_verdict_for_every_claim(page):
         assert part in text
 
 
+@pytest.mark.parametrize("page", ["reliability", "security"])
+def test_a_page_of_promises_names_tests_that_exist(page):
+    """Of a cell, `file.py::test` first and `::test` of the same file after it; files without a folder are of tests/core."""
+    rows = [line for line in (ROOT / "docs" / f"{page}.md").read_text().splitlines() if "test_" in line and line.startswith("|")]
+    assert len(rows) > 8
+    for row in rows:
+        path = None
+        for file, function in re.findall(r"`([\w/]*\.py)?(?:::(\w+))?`", row):
+            path = ROOT / (file if "/" in file else f"tests/core/{file}") if file else path
+            assert path is not None, row
+            assert not function or function in defined_tests(path), f"{path}::{function}"
+
+
 CONTRACT = Path(ll.__file__).parent / "testing" / "test_contract.py"
 CHECKS = {check.__name__ for check in lora_lite.testing.CHECKS}
 
