@@ -4,6 +4,7 @@
 
 example  a whole variant file              variants  the table
 base     how well the embedded base predicts prose       steering  what one direction does
+attacked what hostile files and kills did
 """
 
 import json
@@ -110,12 +111,41 @@ def steering() -> str:
     return summary(found) if found else "`just steering out=benchmarks/results` has not been run."
 
 
+def attacked() -> str:
+    """What the last run of tests/reliability.py tried, and what came of it."""
+    found = record("reliability")
+    if not found or "files" not in found:
+        return "`python -m tests.reliability` has not been run."
+    files, crowd = found["files"], found["crowd"]
+    lines = [
+        f"{files['mutants']:,} mutants of real files, read by `ll.load`, `ll.load_peft`, `inspect` and `from_json`: "
+        f"{files['refused']:,} refused,",
+        f"{files['accepted']:,} harmless, {files['foreign']} other errors than LoraLiteError, {files['slow']} above a second, "
+        f"{files['wrong']} damaged and taken for whole.",
+        f"The slowest took {files['slowest']:.2f} s.",
+        "",
+        "| killed at random | kills | old content | new | torn | left behind after the next writing |",
+        "|---|--:|--:|--:|--:|--:|",
+        *(
+            f"| {job} | {one['kills']} | {one['old']} | {one['new']} | {one['torn']} | {one['left']} |"
+            for job, one in found["kills"].items()
+        ),
+        "",
+        f"{crowd['processes']} processes that save, load and export to the same places, {crowd['calls']:,} calls: "
+        f"{crowd['refused']} refused by LoraLiteError,",
+        f"{sum(crowd['foreign'].values())} other errors, {crowd['torn']} torn; {crowd['won']} of {crowd['places']} folders "
+        "have exactly one winner.",
+    ]
+    return "\n".join(lines)
+
+
 REPORTS = {"cost": cost_report, "compatibility": compatibility_report, "forecast": forecast_report}
 PARTS = {
     "README.md": {"example": example},
     "docs/variants.md": {"variants": lambda: f"{table()}\n\n{caption()}"},
     "docs/benchmark.md": {"base": base},
     "docs/steering.md": {"steering": steering},
+    "docs/security.md": {"attacked": attacked},
 }
 
 
