@@ -53,11 +53,8 @@ def unwanted(model: nn.Module, present: Mapping[str, Layer]) -> dict[str, str]:
 
 
 def read_at_times(model: nn.Module) -> dict[str, str]:
-    """{path: reason} of layers that an adapter reaches in one branch of the module around them and not in another."""
-    return {
-        path: f"read in a branch: {reader} calls it, or uses its weight without a call"
-        for path, reader in obstacles.read(model)[1].items()
-    }
+    """{path: reason} of layers that an adapter reaches where they are called and not where their weight is read."""
+    return obstacles.read(model)[1]
 
 
 def refuse_absent(model: nn.Module, path: object, moved: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ from ..sites.model import linears, unwrapped
 from .atomic import atomic
 from .checkpoint import Contents, Stored, contents
 from .fingerprint import refuse_other_base
+from .fitness import refuse_absent, refuse_places
 from .handle import Attached, AttachedSet
 from .install import build_all, install, refuse_name, refuse_unready
 from .quiet import quiet
@@ -60,6 +61,7 @@ def load(
                 expected="The full config: a default of today need not be that of the training.",
                 fix="ll.save(model, path)",
             )
+        refuse_absent(model, path, moved)
         targets = layers_of(model, path, list(moved.values()))
         refuse_name(earlier, targets, called)
         if strict_base:
@@ -70,6 +72,7 @@ def load(
         refuse_misfit(path, cls, targets, configs, tensors, stored.drawn)
         adapters = build_all(cls, targets, configs)
         restore(path, adapters, tensors, redrawn(path, adapters, cfg.seed, stored.drawn))
+        refuse_places(model, path, targets)
         prepared.append((called, cfg, targets, adapters, Lineage(**stored.lineage)))
     if strict_base and not paths:  # of renamed modules the hash has other names
         warn_other_rest(model, path, file)

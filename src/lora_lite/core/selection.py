@@ -39,7 +39,8 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> dict[str, Layer]:
 
     Raises LoraLiteError for a model without a layer that can be adapted, patterns or block indices that fit nothing, and layers
     that are asked for by name and cannot be adapted: read and never called, tied to another, with a forward that is not
-    W x + b, of unknown kind, parameters of experts. Warns once where `roles` is set and the role of a layer cannot be told.
+    W x + b, of unknown kind, parameters of experts. What a layer computes is measured in eval mode: whether `model.eval()` was
+    called decides nothing. Warns once where `roles` is set and the role of a layer cannot be told.
     """
     return select(model, cfg).chosen
 
@@ -86,10 +87,10 @@ def select(model: nn.Module, cfg: AdapterConfig) -> Selection:
             fix=repair(cfg, **(guilty or {"targets": patterns_for(able, [*present, *cannot])})),
         )
     refuse_unused(cfg, named, chosen, skipped)
-    if half := chosen.keys() & read_at_times(model).keys():
+    if half := {path: how for path, how in read_at_times(model).items() if path in chosen}:
         warnings.warn(
-            f"{some(sorted(half))}: the module around it calls the layer in one branch and uses its weight in another,"
-            " where the adapter has no part. Compare outputs before and after ll.merge(model) in train and in eval mode.",
+            f"{reasons(half)} The adapter has a part in the call alone: compare outputs before and after ll.merge(model), in "
+            "train and in eval mode.",
             LoraLiteWarning,
             stacklevel=4,
         )

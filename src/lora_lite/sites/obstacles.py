@@ -66,22 +66,21 @@ def unknown_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def read(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """({path: reader} of Linear-like layers whose weight the module around them reads without ever calling them,
-    {path: reader} of those that it reads in one branch and calls in another), by its source.
+    """({path: reader} of Linear-like layers whose weight a module around them reads without ever calling them,
+    {path: how} of those that it reads and calls), by its source.
     """
-    never, at_times = {}, {}
-    modules = dict(model.named_modules())
-    for path in linears(model):
-        parent, _, leaf = path.rpartition(".")
-        owner = modules.get(parent)
-        if owner is None or not path:
+    never, at_times, layers = {}, {}, linears(model)
+    for path, owner in model.named_modules():
+        if path in layers or not isinstance(owner._modules, dict) or not owner._modules:
             continue
-        only, also = readings(owner)
-        if isinstance(owner, nn.MultiheadAttention) or leaf in only:
-            never[path] = type(owner).__name__
-        elif leaf in also:
-            at_times[path] = type(owner).__name__
-    return never, at_times
+        found, name = readings(owner), type(owner).__name__
+        inside = isinstance(owner, nn.MultiheadAttention)
+        places = {kind: {".".join(filter(None, (path, *place))) for place in getattr(found, kind)} for kind in found._fields}
+        never |= {p: name for p in layers if p in places["never"] or (inside and p.rpartition(".")[0] == path)}
+        at_times |= {p: f"read: {name} uses its weight beside the call" for p in places["beside"] if p in layers}
+        branch = "read in a branch: {} calls it, or uses its weight without a call"
+        at_times |= {p: branch.format(name) for p in places["branch"] if p in layers}
+    return never, {path: how for path, how in at_times.items() if path not in never}
 
 
 def tied(model: nn.Module) -> dict[str, list[str]]:

@@ -10,34 +10,77 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-ABOUT = ("dtype", "device", "shape", "size", "ndim", "requires_grad", "is_meta")
+from .naming import ANY, NUMBERS, Names, Path
+
+ABOUT = ("dtype", "device", "shape", "size", "ndim", "requires_grad", "is_meta", "SCB", "quant_state")
 """What is asked of a weight without using its numbers."""
 ASKING = ("isinstance", "hasattr", "getattr", "len", "bool", "callable")
 """Calls that a condition may make and that change nothing."""
 
 
-def readings(owner: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
-    """(children that are read and never called, children that are read in one branch and called in another).
-
-    Followed are forward, public methods that call a child, and what they call of themselves. Nothing is told where one hands
-    itself to somebody else, or its source is not to be had.
+class Readings(NamedTuple):
+    """Of the modules that a module holds, at any depth: read and never called; read in one branch and called in another; read
+    and called in one go.
     """
-    methods, children = sources(type(owner)), frozenset(owner._modules)
-    read, used = at_first_sight(type(owner), children)
-    if read & used and not type(owner).__module__.startswith("torch.nn"):  # these take their short cuts without hooks only
-        read, used = follow(methods, children, owner)
-        return read - used, read & used
-    return read - used, frozenset()
+
+    never: frozenset[Path]
+    branch: frozenset[Path]
+    beside: frozenset[Path]
+
+
+class Uses(NamedTuple):
+    """Places whose weight or bias is used as numbers, those of them where no branch decides it, and places used otherwise."""
+
+    read: frozenset[Path]
+    always: frozenset[Path]
+    used: frozenset[Path]
+
+    def covers(self, path: Path) -> bool:
+        """Whether the module there, or one that holds it, is used otherwise."""
+        return any(all(ANY in (a, b) or a == b for a, b in zip(used, path)) for used in self.used)
+
+
+NOTHING = Uses(frozenset(), frozenset(), frozenset())
+
+
+def readings(owner: nn.Module) -> Readings:
+    """What a module does with the modules below it.
+
+    Followed are forward, public methods that call a child, and what they call of themselves; names that stand for a module, as
+    in `l = self.l` and `for l in self.layers`. Nothing is told where one hands itself to somebody else, or its source is not
+    to be had.
+    """
+    children = frozenset(owner._modules)
+    uses = at_first_sight(type(owner), children)
+    if any(map(uses.covers, uses.read)):
+        if sources(type(owner))["forward"][1].__module__.startswith("torch.nn"):  # takes its short cuts without hooks only
+            uses = uses._replace(read=frozenset(p for p in uses.read if not uses.covers(p)))
+        else:
+            uses = follow(sources(type(owner)), children, owner)
+    places = {place for path in uses.read for place in below(owner, path)}
+    always = {place for path in uses.always for place in below(owner, path)}
+    never = frozenset(place for place in places if not uses.covers(place))
+    return Readings(never, frozenset(places - never - always), frozenset(places & always - never))
+
+
+def below(owner: nn.Module, path: Path) -> Iterator[Path]:
+    """The paths of modules that a path with ANY in it means."""
+    if not path:
+        yield ()
+        return
+    for name, child in owner._modules.items():
+        if child is not None and path[0] in (name, ANY):
+            yield from ((name, *rest) for rest in below(child, path[1:]))
 
 
 @functools.cache
-def at_first_sight(kind: type[nn.Module], children: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
+def at_first_sight(kind: type[nn.Module], children: frozenset[str]) -> Uses:
     """What `follow` says of every branch, once for a class."""
-    return follow(sources(kind), children, None)
+    return follow(sources(kind), children, None) if "forward" in sources(kind) else NOTHING
 
 
 @functools.cache
@@ -57,12 +100,10 @@ def sources(kind: type[nn.Module]) -> dict[str, tuple[ast.FunctionDef, FunctionT
     return found
 
 
-def follow(
-    methods: dict[str, tuple[ast.FunctionDef, FunctionType]], children: frozenset[str], owner: nn.Module | None
-) -> tuple[frozenset[str], frozenset[str]]:
-    """(children whose weight or bias is used as numbers, children that are used otherwise)."""
+def follow(methods: dict[str, tuple[ast.FunctionDef, FunctionType]], children: frozenset[str], owner: nn.Module | None) -> Uses:
+    """What the methods do with the modules below their own; where an owner is given, in branches that it can reach."""
     calling = [name for name, (tree, _) in methods.items() if not name.startswith("_") and children & called(tree)]
-    todo, seen, read, used = ["forward", *calling], set(), set(), set()
+    todo, seen, found = ["forward", *calling], set(), NOTHING
     while todo:
         name = todo.pop()
         if name in seen or name not in methods:
@@ -72,23 +113,56 @@ def follow(
         known = constants(tree, function, owner) if owner is not None else None
         nodes = [node for statement in tree.body for node in reached(statement, known)]
         calls = [node for node in nodes if isinstance(node, ast.Call)]
-        if any(isinstance(given, ast.Name) and given.id == "self" for call in calls for given in call.args):
-            return frozenset(), frozenset()
-        todo += [found for call in calls if (found := of_self(call.func))]
-        asked = {id(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr in ABOUT}
-        asked |= {
-            id(given) for call in calls if isinstance(call.func, ast.Name) and call.func.id in ASKING for given in call.args
-        }
-        weights = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr in ("weight", "bias")]
-        inner = {id(node.value) for node in weights}
-        read |= {of_self(n.value) for n in weights if isinstance(n.ctx, ast.Load) and id(n) not in asked}
-        used |= {of_self(node) for node in nodes if id(node) not in inner}
-    return frozenset(read & children), frozenset(used & children)
+        me = first_argument(tree)
+        if any(isinstance(given, ast.Name) and given.id == me for call in calls for given in call.args):
+            return NOTHING
+        todo += [word for call in calls if (word := of_self(call.func, me))]
+        own = uses_in(nodes, me, {id(node) for statement in tree.body for node in conditional(statement)})
+        found = Uses(*(a | b for a, b in zip(found, own)))
+    return found
 
 
-def called(tree: ast.AST) -> set[str]:
+def uses_in(nodes: list[ast.AST], me: str, in_branches: set[int]) -> Uses:
+    names = Names(me)
+    for _ in range(2):  # a name may be given after the loop that uses it
+        for node in nodes:
+            names.learn(node)
+    about = [node for node in nodes if isinstance(node, ast.Attribute) and (node.attr in ABOUT or node.attr.endswith("_"))]
+    asked = names.taken | {id(node.value) for node in about}  # weight.div_(2) writes
+    for call in nodes:
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ASKING:
+            asked |= {id(given) for given in call.args}
+    read, always, used = set(), set(), set()
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and node.attr in NUMBERS:
+            asked.add(id(node.value))
+            if isinstance(node.ctx, ast.Load) and id(node) not in asked:
+                read |= (paths := names.paths(node.value))
+                always |= set() if id(node) in in_branches else paths
+        elif isinstance(node, (ast.Attribute, ast.Subscript)) and names.paths(node):
+            asked.add(id(node.value))
+    for node in nodes:
+        used |= set() if id(node) in asked or isinstance(getattr(node, "ctx", None), ast.Store) else names.paths(node)
+    return Uses(*(frozenset(paths - {()}) for paths in (read, always, used)))
+
+
+def first_argument(tree: ast.FunctionDef) -> str:
+    """What a method calls its own module."""
+    given = [*tree.args.posonlyargs, *tree.args.args]
+    return given[0].arg if given else ""
+
+
+def conditional(node: ast.AST) -> Iterator[ast.AST]:
+    """Nodes below one that stand in a branch."""
+    for below in ast.iter_child_nodes(node):
+        branch = isinstance(node, (ast.If, ast.IfExp)) and below is not node.test
+        yield from ast.walk(below) if branch else conditional(below)
+
+
+def called(tree: ast.FunctionDef) -> set[str]:
     """Names that a function calls of itself: x of `self.x(...)`."""
-    return {of_self(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    me = first_argument(tree)
+    return {of_self(node.func, me) for node in ast.walk(tree) if isinstance(node, ast.Call)}
 
 
 def reached(node: ast.AST, known: dict[str, Any] | None) -> Iterator[ast.AST]:
@@ -110,12 +184,9 @@ def constants(tree: ast.FunctionDef, function: FunctionType, owner: nn.Module) -
     stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     given = inspect.signature(function).parameters.values()
     known = {p.name: p.default for p in given if p.default is not p.empty and tree.name == "forward"}
+    me = first_argument(tree)
     unknown = stored | {p.name for p in given if p.name not in known}
-    return {
-        name: value
-        for name, value in (function.__globals__ | known | {"self": owner}).items()
-        if name not in unknown - {"self"}
-    }
+    return {name: value for name, value in (function.__globals__ | known | {me: owner}).items() if name not in unknown - {me}}
 
 
 def truth(test: ast.expr, known: dict[str, Any]) -> bool | None:
@@ -130,7 +201,7 @@ def truth(test: ast.expr, known: dict[str, Any]) -> bool | None:
     names = [node.id for node in nodes if isinstance(node, ast.Name)]
     calls = [node.func for node in nodes if isinstance(node, ast.Call)]
     if (
-        "training" in [of_self(node) for node in nodes]
+        any(isinstance(node, ast.Attribute) and node.attr == "training" for node in nodes)
         or not all(name in known or name in ASKING for name in names)
         or not all(isinstance(call, ast.Name) and call.id in ASKING for call in calls)
     ):
@@ -141,7 +212,7 @@ def truth(test: ast.expr, known: dict[str, Any]) -> bool | None:
         return None
 
 
-def of_self(node: ast.AST) -> str:
+def of_self(node: ast.AST, me: str) -> str:
     """x of `self.x`, else ""."""
-    mine = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    mine = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == me
     return node.attr if mine else ""  # type: ignore[attr-defined]
