@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import warnings
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
 import lora_lite as ll
 from lora_lite.core.checkpoint import read, serialized, write_atomically
@@ -302,3 +304,19 @@ def test_loaded_adapter_trains_and_detaches_exactly(saved):
         model(toy.inputs(2, 3, 24)).sum().backward()
         assert all(p.grad is not None for p in handle.parameters())
     demand_same(model, before, "after load and detach")
+
+
+def test_weights_outside_the_adapted_layers_are_compared_under_renamed_paths_as_well(tmp_path):
+    handle = toy.perturb(ll.attach(toy.toy(), ll.config("lora", r=2, targets=("q_proj",))))
+    handle.save(tmp_path / "a")
+    wrapped = nn.ModuleDict({"inner": toy.toy()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ll.load(wrapped, tmp_path / "a", paths={"": "inner"})
+    other = nn.ModuleDict({"inner": toy.toy()})
+    with torch.no_grad():
+        next(p for name, p in other.named_parameters() if "q_proj" not in name).add_(1)
+    with pytest.warns(ll.LoraLiteWarning, match="outside the adapted layers"):
+        ll.load(other, tmp_path / "a", paths={"": "inner"})
+    with pytest.raises(ll.LoraLiteError, match=r"(?s)no layer in .* begins with modle.*paths=\{'blocks': 'x'\}"):
+        ll.load(toy.toy(), tmp_path / "a", paths={"modle": "x"})

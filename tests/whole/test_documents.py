@@ -53,7 +53,9 @@ def test_page_names_tests_that_exist_and_a_verdict_for_every_claim(page):
 @pytest.mark.parametrize("page", ["reliability", "security"])
 def test_a_page_of_promises_names_tests_that_exist(page):
     """Of a cell, `file.py::test` first and `::test` of the same file after it; files without a folder are of tests/core."""
-    rows = [line for line in (ROOT / "docs" / f"{page}.md").read_text().splitlines() if "test_" in line and line.startswith("|")]
+    rows = [
+        line for line in (ROOT / "docs" / f"{page}.md").read_text().splitlines() if "test_" in line and line.startswith("|")
+    ]
     assert len(rows) > 8
     for row in rows:
         path = None

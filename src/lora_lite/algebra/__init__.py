@@ -2,8 +2,8 @@
 
 It promises that a composition equals the sum of changes that it stands for, in the space that is asked for (changes of the
 weight, factors, outputs), and says what truncation cost. A mixed batch is not made here: it is one coefficient per sample
-(core/coefficients.py). Users reach it as `ll.algebra` and `ll.snapshot`, `ll.compose`, `ll.apply`, ...; a variant's author needs
-none of it.
+(core/coefficients.py). Users reach it as `ll.algebra` and `ll.snapshot`, `ll.compose`, `ll.apply`, ...; a variant's author
+needs none of it.
 """
 
 from .compose import compose

@@ -19,6 +19,7 @@ from ..contract.config import AdapterConfig
 from ..core import finding
 from ..core.atomic import atomic
 from ..core.fingerprint import changes_of_base, fingerprint
+from ..core.fitness import refuse_places
 from ..core.handle import Attached
 from ..core.install import build_all, configs_of, install, place_of, refuse_name, refuse_unready
 from ..core.restore import layers_of, restore
@@ -119,6 +120,7 @@ def apply(model: nn.Module, composed: Snapshot, *, name: str, strict_base: bool 
     earlier = refuse_unready(model)
     targets = layers_of(model, f"{composed}", list(composed.layers))
     refuse_name(earlier, targets, name)
+    refuse_places(model, composed, targets)
     if strict_base and (different := changes_of_base(targets, composed.base)):
         raise LoraLiteError(
             f"{composed} belongs to another base.",

@@ -19,9 +19,8 @@ from .spec import ParamSpec, drawn, refuse_declaration
 
 
 class Adapter(Method):
-    """A variant: subclass it, write the methods of `Method`, and `register` it.
-
-    Tensors are built from `param_specs` as parameters or buffers under their declared names.
+    """A variant: subclass it, write the methods of `Method`, and `register` it. What `param_specs` declares is built as parameters
+    and buffers of these names.
     """
 
     set_coeff: float | Tensor  # the coefficient as it was set
@@ -162,9 +161,8 @@ class Adapter(Method):
         """Hold coefficients; one that is a parameter of the caller's does not become one of the adapter's."""
         vars(self).update(set_coeff=new.coeff, set_values=new.values, common=common)
 
-    def idle(self) -> bool:
+    def idle(self, coeff: float | Tensor) -> bool:
         """No work to do: disabled, the coefficient is exactly 0, or the weight already holds the change."""
-        coeff = setting(self).coeff
         return self.original is not None or (not isinstance(coeff, Tensor) and coeff == 0.0)
 
     def _replicate_for_data_parallel(self) -> "Adapter":
@@ -179,7 +177,8 @@ class Adapter(Method):
 
     def changed_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         object.__setattr__(self, "fired", True)
-        if self.idle():
+        coeff = setting(self).coeff
+        if self.idle(coeff):
             return None
         at, name = self.input_place
         given = len(args) > at
@@ -187,7 +186,7 @@ class Adapter(Method):
         x = args[at] if given else kwargs[name]
         if not isinstance(x, Tensor):
             raise no_tensor(layer, "is given", x)
-        changed = self.call_by_row((x,)) if x.is_nested or isinstance(self.coeff, Tensor) else self.call_input(x).to(x.dtype)
+        changed = self.call_by_row((x,)) if x.is_nested or isinstance(coeff, Tensor) else self.call_input(x).to(x.dtype)
         return ((*args[:at], changed, *args[at + 1 :]), kwargs) if given else (args, {**kwargs, name: changed})
 
     def output_hook(
@@ -199,13 +198,14 @@ class Adapter(Method):
 
     def changed_output(self, layer: Layer, args: tuple[Any, ...], kwargs: Any, y: Any) -> Tensor | None:
         object.__setattr__(self, "fired", True)
-        if self.idle():
+        coeff = setting(self).coeff
+        if self.idle(coeff):
             return None
         at, name = self.input_place
         x = args[at] if len(args) > at else kwargs[by_keyword(layer, name, kwargs)]
         if not isinstance(y, Tensor):
             raise no_tensor(layer, "returns", y)
-        if y.is_nested or isinstance(self.coeff, Tensor):
+        if y.is_nested or isinstance(coeff, Tensor):
             return self.call_by_row((x, y), Base(layer))
         return self(x, y, Base(layer)).to(y.dtype)
 

@@ -65,9 +65,9 @@ def setting(adapter: Any) -> Setting:
         found = found.get(adapter.path)
     if found is None:
         found = Setting(adapter.set_coeff, adapter.set_values)
-    if (over is not None or noted or blocks) and not torch.compiler.is_compiling():
-        return as_before(adapter, found)
-    return found
+    if torch.compiler.is_compiling():  # asked first: compiled code would be made anew whenever the others change
+        return found
+    return as_before(adapter, found) if over is not None or noted or blocks else found
 
 
 def as_before(adapter: Any, now: Setting) -> Setting:

@@ -62,7 +62,7 @@ class Entry:
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = main_input(model, args, kwargs)
-        holding = next((a for a in self.adapters if isinstance(setting(a).coeff, Tensor) and not a.idle()), None)
+        holding = next((a for a in self.adapters if isinstance(setting(a).coeff, Tensor) and a.original is None), None)
         if x is not None and holding is not None and not torch.compiler.is_compiling():
             refuse_call(holding, model, int(x.size(0)))
         sequence = x is not None and x.ndim == (3 if x.is_floating_point() else 2)

@@ -1,7 +1,9 @@
 """attach: select, build, measure, fill, install. Whatever can fail does so before the model is changed."""
 
+import contextlib
 import dataclasses
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -144,11 +146,27 @@ def fill(
             if cls.init is not Adapter.init:
                 known = cls.claims.reads_weight
                 W = dense_weight(targets[path]) if known else torch.empty(adapter.d_out, adapter.d_in, device="meta")
-                with seeded(cfg.seed, key, "init"):
+                with solvable(path), seeded(cfg.seed, key, "init"):
                     adapter.init(W)
         if cls.group_init is not Adapter.group_init:
-            with seeded(cfg.seed, *(() if name == "default" else (name,)), "group_init"):
+            with (
+                solvable(f"{cls.variant} on {some(adapters)}"),
+                seeded(cfg.seed, *([name] if name != "default" else []), "group_init"),
+            ):
                 cls.group_init(adapters, stats, cfg)
+
+
+@contextlib.contextmanager
+def solvable(what: str) -> Iterator[None]:
+    """Where a factorisation of torch's does not converge, as of numbers that are not finite, an error that says of what."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise LoraLiteError(
+            f"{what}: the start cannot be computed, {str(error).splitlines()[0]}.",
+            expected="Weights and data whose factorisation converges.",
+            fix="ll.attach(model.float(), cfg, calibration_data)  # or other data",
+        ) from error
 
 
 def wanted_statistics(cls: type[Adapter], cfg: AdapterConfig, data: Any) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -52,6 +52,7 @@ def load(
     prepared = []
     for called, stored in chosen.items():
         moved = {place: renamed_path(place, dict(paths or {})) for place in stored.layers}
+        refuse_unused_paths(path, dict(paths or {}), moved)
         with of_file(path):
             cls = registry.get(stored.variant)
             cfg = cls.Config.from_file(stored.config, stored.prefix)
@@ -74,8 +75,8 @@ def load(
         restore(path, adapters, tensors, redrawn(path, adapters, cfg.seed, stored.drawn))
         refuse_places(model, path, targets)
         prepared.append((called, cfg, targets, adapters, Lineage(**stored.lineage)))
-    if strict_base and not paths:  # of renamed modules the hash has other names
-        warn_other_rest(model, path, file)
+    if strict_base:
+        warn_other_rest(model, path, file, dict(paths or {}))
     handles: dict[str, Attached] = {}
     with quiet(unwrapped(model)):
         for called, cfg, targets, adapters, lineage in prepared:
@@ -119,8 +120,21 @@ def renamed_key(key: str, moved: dict[str, str]) -> str:
     return f"{moved.get(place, place)}.{tensor}" if place or not moved else f"{moved.get('', '')}.{tensor}".lstrip(".")
 
 
-def warn_other_rest(model: nn.Module, path: str | Path, file: Contents) -> None:
-    if file.rest and combined(samples(unwrapped(model)), file.base) != file.rest:
+def refuse_unused_paths(path: str | Path, paths: dict[str, str], places: Iterable[str]) -> None:
+    if unused := [old for old in paths if not any(renamed_path(place, {old: ""}) != place or not old for place in places)]:
+        starts = dict.fromkeys(place.partition(".")[0] for place in places)
+        raise LoraLiteError(
+            f"paths={paths}: no layer in {path} begins with {some(unused)}.",
+            found=f"They begin with {some(starts)}.",
+            fix=f"paths={{{next(iter(starts))!r}: {paths[unused[0]]!r}}}",
+        )
+
+
+def warn_other_rest(model: nn.Module, path: str | Path, file: Contents, paths: dict[str, str]) -> None:
+    """Names of the model are put back to those of the file before they are compared."""
+    back = {new: old for old, new in paths.items()}
+    here = {renamed_path(name, back).lstrip("."): said for name, said in samples(unwrapped(model)).items()}
+    if file.rest and combined(here, file.base) != file.rest:
         warnings.warn(
             f"{path}: weights of the base model outside the adapted layers (embeddings, norms, others) differ "
             "from those of the training. Load the base that the adapter was trained on, or go on if that is meant.",

@@ -47,7 +47,11 @@ def samples(model: nn.Module, paths: Iterable[str] = ()) -> dict[str, str]:
     return {
         name: f"{p.dtype} {digest(strided(p.detach(), SAMPLE).double())}"
         for name, p in base_tensors(model).items()
-        if id(p) in inside and not p.is_meta and not hasattr(p, "full_tensor") and type(p) is nn.Parameter
+        if id(p) in inside
+        and p.is_floating_point()
+        and not p.is_meta
+        and not hasattr(p, "full_tensor")
+        and type(p) is nn.Parameter
         if not (layers and name.startswith(layers))
     }
 

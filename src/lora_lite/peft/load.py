@@ -10,6 +10,7 @@ from ..contract import shared
 from ..contract.adapter import Adapter
 from ..core import coefficients
 from ..core.atomic import atomic
+from ..core.fitness import refuse_places
 from ..core.handle import Attached
 from ..core.install import build_all, configs_of, install, refuse_name, refuse_unready
 from ..core.quiet import quiet
@@ -65,6 +66,7 @@ def load_peft(model: nn.Module, folder: str | Path, *, name: str = "default") ->
     names = [name, *(f"{name}_{k}" for k in range(2, len(parts) + 1))]
     for part, part_name in zip(parts, names):
         refuse_name(earlier, part.targets, part_name)
+        refuse_places(model, folder, part.targets)
     built = [filled(folder, part, options) for part in parts]
     handles: list[Attached] = []
     with quiet(unwrapped(model)):
