@@ -220,6 +220,7 @@ def interrupt_at_points(call: str, name: str, folder: Path, every: bool) -> int:
 
 
 @pytest.mark.filterwarnings("ignore::lora_lite.LoraLiteWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored")  # a file that was opened just then is closed by Python
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", ["lora", *(pytest.param(name, marks=pytest.mark.long) for name in VARIANTS[1:])])
 def test_an_interrupted_call_leaves_the_model_as_it_was_and_works_when_repeated(call, name, tmp_path):
@@ -228,6 +229,7 @@ def test_an_interrupted_call_leaves_the_model_as_it_was_and_works_when_repeated(
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::lora_lite.LoraLiteWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored")  # a file that was opened just then is closed by Python
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_an_interruption_at_every_line(call, name, tmp_path):

@@ -686,7 +686,7 @@ def test_a_repair_that_is_followed_to_the_letter_ends_in_an_attach(name, options
         (Sharing, {"rank_pattern": {"b": 3}}, ("'b' is 'a'",), {"rank_pattern": {"a": 3}}),
         (llama, {"alpha": 4, "rank_pattern": {"layers.1": 3, "layers.?": 4}}, ("equally long",), {"alpha": 4.0}),
     ],
-    ids=str,
+    ids=lambda one: getattr(one, "__name__", None) or str(one),
 )
 def test_one_repair_holds_what_was_asked_for_and_can_be(model, options, words, left):
     with pytest.raises(ll.LoraLiteError) as refused:

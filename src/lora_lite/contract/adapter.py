@@ -19,8 +19,8 @@ from .spec import ParamSpec, drawn, refuse_declaration
 
 
 class Adapter(Method):
-    """A variant: subclass it, write the methods of `Method`, and `register` it. What `param_specs` declares is built as parameters
-    and buffers of these names.
+    """A variant: subclass it, write the methods of `Method`, and `register` it. What `param_specs` declares is built under its
+    name, as a parameter or buffer.
     """
 
     set_coeff: float | Tensor  # the coefficient as it was set
