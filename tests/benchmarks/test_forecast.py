@@ -127,12 +127,15 @@ class Fused(torch.nn.Sequential):
         return F.linear(F.gelu(F.linear(x, self[0].weight, self[0].bias)), self[2].weight, self[2].bias)
 
 
-def test_linears_that_a_fused_mlp_never_calls_are_called_dead():
+def test_linears_that_a_fused_mlp_never_calls_are_left_out():
     one = model()
     one.blocks[1].mlp.__class__ = Fused
-    ll.attach(one, ll.config("lora", r=2, targets=TARGETS))
+    with pytest.raises(ll.LoraLiteError, match=r"blocks\.\*\.mlp\.\* x2: read, not called: Fused uses its weight"):
+        ll.attach(one, ll.config("lora", r=2, targets=TARGETS))
+    handle = ll.attach(one, ll.config("lora", r=2))
+    assert {path for path, why in handle.skipped.items() if "Fused" in why} == {"blocks.1.mlp.0", "blocks.1.mlp.2"}
     one(series())
-    assert ll.status(one).dead == ["blocks.1.mlp.0", "blocks.1.mlp.2"]
+    assert ll.status(one).dead == []
 
 
 @pytest.mark.filterwarnings("ignore:1 layers are left out")  # sawtooths span fewer directions than corda asks for

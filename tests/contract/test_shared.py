@@ -373,7 +373,8 @@ def test_drawn_and_stored_at_once_is_refused(drawn):
 def test_a_model_cast_to_fewer_bits_and_back_stores_what_it_has(tmp_path):
     model = attached(save_shared=False).to(torch.bfloat16).float()
     path = tmp_path / "a.safetensors"
-    ll.save(model, path)
+    with pytest.warns(ll.LoraLiteWarning, match="does not hold blocks.0.q_proj.weight"):  # the base was rounded as well
+        ll.save(model, path)
     assert entry(path)["drawn"] == {}
     assert {"*.A", "*.B"} <= set(own(path))
     fresh, x = toy.toy().to(torch.bfloat16).float(), toy.inputs(3, 5, 24)
@@ -417,6 +418,7 @@ def test_shared_tensors_are_read_strictly(tmp_path, change, words):
     refusal(lambda: ll.load(fresh, path), str(path), words, model=(fresh := toy.toy()))
 
 
+@pytest.mark.filterwarnings("ignore:.*does not hold")  # the base was rounded as well
 def test_parts_of_a_view_that_differ_are_not_saved(tmp_path):
     """Not in silence: the file has room for one tensor."""
     model = attached()

@@ -14,6 +14,7 @@ import lora_lite as ll
 from lora_lite.contract import Adapter, AdapterConfig, Claims, ParamSpec, RanklessConfig
 from lora_lite.contract.annotations import Float
 from lora_lite.contract.spec import kaiming, ones
+from lora_lite.core.atomic import Before
 from lora_lite.mathematics import maps
 from lora_lite.testing import check_variant, checks
 
@@ -430,7 +431,8 @@ def test_decay_of_every_tensor_is_caught(monkeypatch):
 
 
 def test_a_failed_attach_that_leaves_a_trace_is_caught(monkeypatch):
-    monkeypatch.setattr(Adapter, "remove", lambda self, layer: None)
+    """The fault sits in the library: nothing is undone."""
+    monkeypatch.setattr(Before, "restore", lambda self: None)
     (meant,) = (check for check in checks(Sound) if str(check).endswith("check_failed_attach_leaves_no_trace"))
     with pytest.raises(AssertionError, match="interruption in install"):
         meant()
