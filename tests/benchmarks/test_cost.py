@@ -20,6 +20,7 @@ from benchmarks.cost.report import page, plot, table
 from benchmarks.cost.settings import Cost
 from benchmarks.cost.step import times
 from lora_lite.core import finding
+from tests.oracles.kinds import daily
 
 pytest.importorskip("peft")
 TINY = ["parts=step", "variants=lora,antipasto_ablate", "models=d512", "repeats=1", "seconds=.01", "tokens=16"]
@@ -203,7 +204,7 @@ def test_whole_numbers_of_seconds_are_numbers_of_seconds():
     assert Cost.parse(["seconds=8"], "").seconds == 8.0
 
 
-@pytest.mark.parametrize("name", sorted(PEERS))
+@pytest.mark.parametrize("name", daily(sorted(PEERS), "lora", "dora", "oft", "vera", "ia3"))
 def test_peer_adapts_the_same_layers_with_the_same_method(name):
     """As many trained numbers as ours, where the method stores the same ones."""
     model = subjects.build("d512")

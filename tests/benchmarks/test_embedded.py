@@ -308,7 +308,7 @@ def test_models_and_data_that_are_not_there(base, tmp_path, capsys, monkeypatch)
         Math(base[1], 0, 2, 100, str(tmp_path / "nowhere")).batch(0)
 
 
-@pytest.mark.parametrize("moment", ["training", "plot", "write_json"])
+@pytest.mark.parametrize("moment", ["training", *(pytest.param(m, marks=pytest.mark.long) for m in ("plot", "write_json"))])
 def test_interrupted_run_leaves_no_record(moment, tmp_path, capsys, monkeypatch):
     batch, calls = Code.batch, []
 

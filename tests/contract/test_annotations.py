@@ -15,7 +15,7 @@ def run(*arguments):
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=280)
 
 
-CALLS = ("calls_and_shapes", "coeff_per_sample", "gradients_flow", "follows_dtype", "needs_data", "save_load")
+CALLS = ("calls_and_shapes", "coeff_per_sample", "needs_data")
 
 
 @pytest.mark.parametrize("which", [" or ".join(CALLS), pytest.param("not check_compiles", marks=pytest.mark.long)])

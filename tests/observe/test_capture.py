@@ -189,7 +189,7 @@ def test_autocast_gives_values_in_float32_close_to_those_without():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch looks at it while it traces
-@pytest.mark.parametrize("how", ["model", "in place", "blocks"])
+@pytest.mark.parametrize("how", ["model", *(pytest.param(how, marks=pytest.mark.long) for how in ("in place", "blocks"))])
 def test_compiled_models_record_what_eager_ones_do(how):
     """Also where the model was compiled and ran before the block, and after another block."""
     torch._dynamo.reset()

@@ -16,6 +16,7 @@ PAGE = blocks("objectives")
 TEXT = (GUIDE / "objectives.md").read_text()
 
 
+@pytest.mark.long  # every block; of the other pages tests/whole/test_engines.py runs them every day
 def test_the_blocks_of_the_page_run_in_order(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)

@@ -36,6 +36,20 @@ def one_of_each_kind(names: Sequence[str]) -> list[Any]:
     return daily(names, *representatives(names))
 
 
+OF_THE_MACHINE = {
+    "check_specs_are_declarative", "check_config_goes_to_json_and_back", "check_shapes_match_annotations", "check_places_are_exact",
+    "check_repeats_itself", "check_base_is_never_written", "check_checkpointing_is_exact", "check_detach_is_exact",
+    "check_failed_attach_leaves_no_trace", "check_deepcopy_is_independent", "check_stacks", "check_load_is_strict", "check_pickles",
+    "check_compiles",
+}  # fmt: skip
+"""Checks of what surrounds a variant's formula, which its options hardly reach: with them in `just test-long`."""
+
+
+def of_options(check: Any) -> tuple[Any, ...]:
+    """The marks of a check that is run with other options than a variant's own."""
+    return (pytest.mark.long,) if check.function.__name__ in OF_THE_MACHINE else ()
+
+
 def daily(names: Iterable[str], *chosen: str) -> list[Any]:
     """The names as parameters of a test: the chosen ones every day, the others in `just test-long`."""
     return [name if name in chosen else pytest.param(name, marks=pytest.mark.long) for name in names]

@@ -355,7 +355,11 @@ def test_every_check_that_is_written_runs():
     assert len(modules) > 5
 
 
-@pytest.mark.parametrize("cls", [Sound, Places, PlacesInAWideMatrix, Drops], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls",
+    [Sound, Drops, *(pytest.param(c, marks=pytest.mark.long) for c in (Places, PlacesInAWideMatrix))],
+    ids=lambda cls: cls.__name__,
+)
 def test_a_sound_variant_passes_every_check(cls):
     check_variant(cls)
 

@@ -13,6 +13,7 @@ from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
 from lora_lite.testing.formula import T64, adapted, check_dense, live_gradients
 from tests.families.test_subspace import BASES, batches, kept, projector
+from tests.oracles.kinds import of_options
 from tests.oracles.layer import check_rest_stays
 
 pytestmark = [
@@ -79,7 +80,9 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("check", "fields"),
     [  # one compilation will do: the others differ in how they start
-        pytest.param(check, fields, id=f"{check.function.__name__}-{fields}")
+        pytest.param(
+            check, fields, marks=of_options(check) if fields is not OPTIONS[0] else (), id=f"{check.function.__name__}-{fields}"
+        )
         for fields in OPTIONS
         for check in checks("antipasto_ablate")
         if check.function.__name__ != "check_compiles" or fields is OPTIONS[0]

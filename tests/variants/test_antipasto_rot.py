@@ -11,6 +11,7 @@ from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
 from lora_lite.testing.formula import T64, adapted, check_dense
 from tests.families.test_subspace import BASES, batches
+from tests.oracles.kinds import of_options
 from tests.oracles.layer import check_rest_stays
 
 MODES = ("V", "U", "both")
@@ -57,7 +58,9 @@ def config(rotate="V", **fields):
 
 
 @pytest.mark.parametrize("rotate", ["U", "both"])
-@pytest.mark.parametrize("check", checks("antipasto_rot"), ids=lambda check: check.function.__name__)
+@pytest.mark.parametrize(
+    "check", [pytest.param(check, marks=of_options(check), id=check.function.__name__) for check in checks("antipasto_rot")]
+)
 def test_other_sides_are_lawful(check, rotate):
     check.function(check.cls, config(rotate))
 

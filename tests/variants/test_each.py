@@ -8,6 +8,7 @@ from lora_lite.testing import checks, toy
 from lora_lite.testing.checks import error
 from lora_lite.testing.formula import adapted, live_gradients
 from tests.oracles.files import entry, own
+from tests.oracles.kinds import of_options
 from tests.oracles.layer import check_decay_ends_at_base, check_finite_differences, check_ignores_bias, check_rotates_input
 from tests.variants.test_lora_ga import loss_fn
 
@@ -81,7 +82,7 @@ def promises(table, *marks):
             by_call = fields.get("call_norm") or fields.get("scale") == "peft_stable"
             for check in checks(name, ll.config(name, **fields)):
                 if not (by_call and check.function.__name__ == "check_needs_data"):
-                    yield pytest.param(check, marks=marks, id=f"{check}-{number}{'-long' * bool(marks)}")
+                    yield pytest.param(check, marks=marks or of_options(check), id=f"{check}-{number}{'-long' * bool(marks)}")
 
 
 @pytest.mark.parametrize("check", [*promises(OPTIONS), *promises(KIN, pytest.mark.long)])

@@ -22,6 +22,7 @@ from lora_lite.testing import toy
 from lora_lite.testing.checks import error
 from lora_lite.testing.formula import adapted
 from tests.mathematics.test_maps import descend
+from tests.oracles.kinds import one_of_each_kind
 from tests.oracles.layer import input_map
 from tests.variants.test_hra import chain
 
@@ -275,7 +276,7 @@ BEYOND_THE_TOY = {("pissa", "svd")}
 """Options whose effect needs layers above 2048 wide: tests/mathematics/test_spectrum.py."""
 
 
-@pytest.mark.parametrize("name", ll.names())
+@pytest.mark.parametrize("name", one_of_each_kind(ll.names()))
 def test_every_option_acts_or_is_refused(name):
     cls = ll.get(name)
     assert same(portrait(cls, toy.small(cls)), portrait(cls, toy.small(cls)))
