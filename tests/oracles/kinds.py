@@ -37,11 +37,13 @@ def one_of_each_kind(names: Sequence[str]) -> list[Any]:
 
 
 OF_THE_MACHINE = {
-    "check_specs_are_declarative", "check_config_goes_to_json_and_back", "check_shapes_match_annotations", "check_places_are_exact",
-    "check_repeats_itself", "check_base_is_never_written", "check_checkpointing_is_exact", "check_detach_is_exact",
-    "check_failed_attach_leaves_no_trace", "check_deepcopy_is_independent", "check_stacks", "check_load_is_strict", "check_pickles",
-    "check_compiles",
-}  # fmt: skip
+    f"check_{word}"
+    for word in (
+        "specs_are_declarative config_goes_to_json_and_back shapes_match_annotations places_are_exact repeats_itself compiles "
+        "base_is_never_written checkpointing_is_exact detach_is_exact failed_attach_leaves_no_trace deepcopy_is_independent "
+        "stacks load_is_strict pickles"
+    ).split()
+}
 """Checks of what surrounds a variant's formula, which its options hardly reach: with them in `just test-long`."""
 
 

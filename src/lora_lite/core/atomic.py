@@ -1,6 +1,7 @@
 """All or nothing: what changes a model leaves it as it was when it is interrupted, at any line and by any exception."""
 
 import functools
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
@@ -30,7 +31,7 @@ class Before:
         self.containers = [(one, copied(one)) for one in values if isinstance(one, (dict, list, set))]
         self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self.numbers = [(tensor, tensor.detach().clone()) for tensor in contents]
-        self.random, self.gradients = torch.get_rng_state(), torch.is_grad_enabled()
+        self.random, self.gradients, self.collecting = torch.get_rng_state(), torch.is_grad_enabled(), gc.isenabled()
 
     def restore(self) -> None:
         for module, kind in self.kinds:
@@ -48,6 +49,8 @@ class Before:
                 tensor.copy_(numbers)
         torch.set_rng_state(self.random)
         torch.set_grad_enabled(self.gradients)
+        if self.collecting:
+            gc.enable()
 
 
 def copied(one: Any) -> Any:

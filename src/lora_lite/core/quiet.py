@@ -5,6 +5,7 @@ stands only while somebody waits. Calls that begin meanwhile wait at it; those t
 """
 
 import contextlib
+import gc
 import sys
 import threading
 import time
@@ -92,7 +93,20 @@ class Gate:
 
     def stacks(self) -> dict[int, tuple[FrameType, int]]:
         """{thread: its innermost frame and where that stands} of the other threads."""
-        return {ident: (frame, frame.f_lasti) for ident, frame in sys._current_frames().items() if ident != self.owner}
+        return {ident: (frame, frame.f_lasti) for ident, frame in running_frames().items() if ident != self.owner}
+
+
+def running_frames() -> dict[int, FrameType]:
+    """The innermost frame of every thread. A collection in the midst of looking may wait for a thread that waits for us: CPython
+    before 3.11.8 and 3.12.2 (its issue 106883).
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -112,7 +126,7 @@ def quiet(model: nn.Module, *, inside: bool = False) -> Iterator[None]:
             expected="A change of adapters or weights between two forwards.",
             fix="output = model(x)  # first, and then the change",
         )
-    if gate.owner in holding or len(sys._current_frames()) == 1:
+    if gate.owner in holding or len(running_frames()) == 1:
         yield
         return
     try:
