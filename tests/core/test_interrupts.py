@@ -204,8 +204,14 @@ def interrupt_at_points(call: str, name: str, folder: Path, every: bool) -> int:
     for at in tried:
         model = made(name)
         before = identity(model)
-        with pytest.raises(KeyboardInterrupt):
-            traced(lambda: run(model, name, folder), at)  # noqa: B023
+        try:
+            reached = traced(lambda: run(model, name, folder), at)  # noqa: B023
+        except KeyboardInterrupt:
+            pass
+        else:  # another thread made no look at the stacks necessary, and the lines ended before
+            assert len(reached) <= at
+            assert same(outcome(model), want)
+            continue
         found = identity(model)
         where = f"{call} of {name}, interrupted at {lines[at] if at < len(lines) else at}"
         if call == "scale in a block" and found != before:  # Python itself may be interrupted between the call and the block
