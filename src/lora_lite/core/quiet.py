@@ -97,7 +97,7 @@ class Gate:
 
 
 def running_frames() -> dict[int, FrameType]:
-    """The innermost frame of every thread. Without collections: one in the midst of this may wait for a thread that waits for us,
+    """The innermost frame of every thread. Without collections: one in the midst may wait for a thread that waits for us,
     in CPython before 3.11.8 and 3.12.2 (its issue 106883).
     """
     collecting = gc.isenabled()
