@@ -240,7 +240,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("elsewhere", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_recomputation_runs_with_the_coefficients_of_its_forward(reentrant, elsewhere):
     """Five forwards in other blocks each, one backward outside of all, in this thread or another."""
     gradients = []
@@ -260,7 +260,7 @@ def test_a_recomputation_runs_with_the_coefficients_of_its_forward(reentrant, el
             loss.backward()
         gradients.append(torch.cat([g.flatten() for g in (x.grad, *(p.grad for p in handle.parameters())) if g is not None]))
         del outputs, loss
-    assert (gradients[0] - gradients[1]).abs().max() <= 1e-6 * gradients[0].abs().max()
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-5 * gradients[0].abs().max()
     assert not here.noted
     assert not here.blocks
 
