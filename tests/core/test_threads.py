@@ -17,6 +17,7 @@ from lora_lite.core.quiet import quiet
 from lora_lite.testing import toy
 from tests.oracles.kinds import one_of_each_kind
 
+pytestmark = pytest.mark.long
 ROWS, LENGTH = 6, 4
 X = toy.inputs(ROWS, LENGTH, toy.WIDTH)
 PER_SAMPLE = torch.linspace(0, 1, ROWS)
